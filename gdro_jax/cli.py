@@ -1,0 +1,123 @@
+"""The command line: parse, call, exit code.
+
+Exit codes: 0 done; 2 bad input, one line on standard error; 75 stopped by a signal after a checkpoint (the same command
+again goes on); 1 anything else, with its traceback.
+"""
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+DONE, BAD_INPUT, STOPPED = 0, 2, 75
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _Stop:
+    """Turns the first interrupt or termination signal into a request to stop after the step; a second one is final."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._heard)
+
+    def _heard(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = _parser()
+    words, overrides = _overrides(parser, sys.argv[1:] if arguments is None else arguments)
+    known = parser.parse_args(words)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from gdro_jax import commands
+    from gdro_jax.training.config_io import load
+
+    try:
+        if known.command == "report":
+            if overrides:
+                parser.error(f"unknown option --{overrides[0][0]}")
+            return commands.report(known.folders, known.out)
+        config = load(known.config, overrides)
+        if known.command == "eval":
+            return commands.evaluate(known.model, known.problems, known.out, config)
+        run = commands.train if known.command == "train" else commands.compare
+        return DONE if run(config, _Stop()) else STOPPED
+    except commands.BAD_INPUT_ERRORS as error:
+        sys.stderr.write(f"gdro {known.command}: {' '.join(str(error).split())}\n")
+        return BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Train reasoning language models with GRPO and GDRO, and see what differs."
+    parser = _Parser(prog="gdro", description=about)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    fields = _fields()
+    texts = {
+        "train": "one run; give the same command again to resume it",
+        "compare": "several methods on the same prompts, budget and seeds, with a table and a report",
+        "eval": "mean@k and pass@k of a model on a file of problems, by stratum, with intervals",
+        "report": "figures and report.html of one run, or of several compared",
+    }
+    for name, text in texts.items():
+        epilog = None if name == "report" else f"Every field, with its default:\n{fields}"
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
+        sub.formatter_class = argparse.RawDescriptionHelpFormatter
+        if name == "report":
+            sub.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or one folder of a comparison")
+            sub.add_argument("--out", metavar="FOLDER", help="where to write; beside the runs by default")
+            continue
+        if name == "eval":
+            sub.add_argument("model", help="a Hugging Face folder, a run's model/ folder, or 'embedded'")
+            sub.add_argument("problems", help="a JSON-lines file, or 'embedded' for the held-out set")
+            sub.add_argument("--out", metavar="FOLDER", help="write summary.json and responses.jsonl there")
+        sub.add_argument("--config", metavar="FILE", help="YAML with any of the sections below")
+    return parser
+
+
+def _overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The other words, and the pairs from `--section.field VALUE` and `--section.field=VALUE`, wherever they stand."""
+    others, pairs, words = [], [], list(arguments)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name:
+            others.append(word)
+            continue
+        if not equals:
+            if not words or words[0].startswith("--"):
+                parser.error(f"{word} needs a value")
+            value = words.pop(0)
+        pairs.append((name, value))
+    return others, pairs
+
+
+def _fields() -> str:
+    from gdro_jax.training.config import Config
+
+    lines, config = [], Config()
+    for section in dataclasses.fields(config):
+        defaults = getattr(config, section.name)
+        for field in dataclasses.fields(defaults):
+            default = getattr(defaults, field.name)
+            lines.append(f"  --{section.name}.{field.name}  {'null' if default is None else default}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

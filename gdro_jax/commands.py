@@ -1,0 +1,189 @@
+"""What each command does, on a validated configuration."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import yaml
+
+from gdro_jax import evaluation
+from gdro_jax import report as reports
+from gdro_jax.data import prompts
+from gdro_jax.evaluation import run as sampling
+from gdro_jax.models.hf import CheckpointError
+from gdro_jax.sampling import Sampler, SamplingConfig
+from gdro_jax.training import config_io, setup
+from gdro_jax.training.compiles import CompileCounter
+from gdro_jax.training.config import Config
+from gdro_jax.training.loop import Trainer
+from gdro_jax.training.progress import Progress
+
+BAD_INPUT_ERRORS = (
+    config_io.ConfigError,
+    setup.InputError,
+    prompts.DataError,
+    reports.RunError,
+    CheckpointError,
+)
+"""Errors that mean bad input: one clear line, exit code 2. Anything else is a fault and keeps its traceback."""
+
+
+def train(config: Config, stop: Callable[[], bool]) -> bool:
+    """One run, its report at the end; False when it was stopped before its last step."""
+    parts = setup.assemble(config)
+    done = _run(config, parts, stop, config.controller.name)
+    if done:
+        print(reports.write(config.run.output))
+    return done
+
+
+def compare(config: Config, stop: Callable[[], bool]) -> bool:
+    """Every method with every seed, then the table and the report; runs already finished are not repeated."""
+    runs = comparison(config)
+    policies = {model: setup.load_policy(model) for model in {run.model for run in runs.values()}}
+    parts = {
+        label: setup.assemble(run, policies[run.model]) for label, run in runs.items()
+    }  # every mistake comes first
+    folder = setup.claim_folder(config.compare.output, "compare.output")
+    labels = {label: {"method": label.rsplit("-seed", 1)[0], "seed": run.run.seed} for label, run in runs.items()}
+    listing = {"methods": list(config.compare.methods), "seeds": list(config.compare.seeds), "runs": labels}
+    (folder / "compare.yaml").write_text(yaml.safe_dump(listing, sort_keys=False))
+    for label, run in runs.items():
+        if not _run(run, parts[label], stop, label):
+            return False
+    print(reports.format_table(reports.read_comparison(folder)))
+    print(reports.write(folder))
+    return True
+
+
+def comparison(config: Config) -> dict[str, Config]:
+    """The runs of a comparison, `METHOD-seedN` to its configuration.
+
+    Raises:
+      ConfigError: no method, or a method that changes what all must share (prompts, rollouts, steps, seeds).
+    """
+    if not config.compare.methods:
+        raise config_io.ConfigError("compare.methods: names no method; give at least one, such as {uniform: , joint: }")
+    shared = {k: v for k, v in config_io.to_dict(config).items() if k != "compare"}
+    runs = {}
+    for seed in config.compare.seeds:
+        for method, changes in config.compare.methods.items():
+            label = f"{method}-seed{seed}"
+            if not isinstance(changes, dict | None):
+                raise config_io.ConfigError(f"compare.methods.{method}={changes!r}: expected sections, or nothing")
+            raw = _merged(shared, {"controller": {"name": method}})
+            raw = _merged(raw, changes or {})
+            raw = _merged(raw, {"run": {"seed": seed, "output": str(pathlib.Path(config.compare.output) / label)}})
+            runs[label] = config_io.from_dict(raw, where=f"compare.methods.{method}")
+            one, all_ = runs[label], config
+            unlike = [
+                name
+                for name, mine, theirs in (
+                    ("data", one.data, all_.data),
+                    ("eval", one.eval, all_.eval),
+                    ("run.steps", one.run.steps, all_.run.steps),
+                    ("train.prompts_per_step", one.train.prompts_per_step, all_.train.prompts_per_step),
+                    ("controller.mean_rollouts", one.controller.mean_rollouts, all_.controller.mean_rollouts),
+                )
+                if mine != theirs
+            ]
+            if unlike:
+                raise config_io.ConfigError(
+                    f"compare.methods.{method}: changes {', '.join(unlike)}; "
+                    "methods are compared on the same prompts, at the same budget"
+                )
+    return runs
+
+
+def evaluate(model: str, problems: str, out: str | None, config: Config) -> int:
+    """Evaluates a model folder on a file of problems; prints a table, and with `out` writes everything."""
+    changed = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=model),
+        eval=dataclasses.replace(config.eval, data=problems),
+    )
+    policy = setup.load_policy(changed.model)
+    asked, notes = setup.load_prompts(problems, "heldout", policy.tokenizer, changed)
+    for note in notes:
+        sys.stderr.write(note + "\n")
+    sampler = Sampler(
+        policy.model,
+        SamplingConfig(
+            max_new_tokens=config.sampling.max_new_tokens,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            top_k=config.eval.top_k,
+            stop_tokens=policy.stop_tokens,
+            slots=config.sampling.slots,
+        ),
+    )
+    folder = None if out is None else setup.claim_folder(out, "--out")
+    kept: list[sampling.Graded] = []
+    tokens = 0
+    with setup.verifier(config) as verifier, _writer(folder) as write:
+        batches = sampling.responses(
+            sampler,
+            asked,
+            policy.tokenizer,
+            verifier,
+            jax.random.key(config.run.seed),
+            config.eval.samples,
+            config.data.max_prompt_tokens or asked.longest,
+        )
+        for rows, generated in batches:
+            for row in rows:
+                problem = asked.problems[row.problem]
+                prompt = prompts.render(config.data.template, problem.prompt)
+                write(row._asdict() | {"prompt": prompt, "answer": problem.answer, "stratum": problem.stratum})
+            kept += rows
+            tokens += generated
+            done = len(kept) // config.eval.samples
+            sys.stderr.write(f"{done}/{len(asked.problems)} problems  {tokens:,} tokens\n")
+    counts = sampling.count(iter([(kept, tokens)]), len(asked.problems))
+    strata = [p.stratum for p in asked.problems]
+    summary = evaluation.summarise(counts.correct, counts.scorable, strata, config.eval.k)
+    print(evaluation.format_summary(summary))
+    if folder is not None:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return 0
+
+
+def report(folders: list[str], out: str | None) -> int:
+    """Writes the report of runs and prints where it is."""
+    print(reports.write(folders[0] if len(folders) == 1 else folders, out))
+    return 0
+
+
+def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: str) -> bool:
+    with CompileCounter() as compiles, setup.verifier(config) as verifier:
+        trainer = Trainer(config, parts, verifier, compiles)
+        try:
+            for note in parts.notes:
+                sys.stderr.write(f"{label}  {note}\n")
+            progress = Progress(label, config.run.steps, trainer.step, config.run.log_every)
+            return trainer.run(progress, stop)
+        finally:
+            trainer.close()
+
+
+@contextlib.contextmanager
+def _writer(folder: pathlib.Path | None) -> Iterator[Callable[[dict], None]]:
+    """Appends responses to the folder's file as they come, so that an interrupt loses none; does nothing for None."""
+    if folder is None:
+        yield lambda row: None
+        return
+    with (folder / "responses.jsonl").open("w") as file:
+        yield lambda row: print(json.dumps(row), file=file, flush=True)
+
+
+def _merged(base: dict, changes: dict) -> dict:
+    """`base` with nested values replaced by those of `changes`."""
+    out = dict(base)
+    for key, value in changes.items():
+        inner = out.get(key)
+        out[key] = _merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return out

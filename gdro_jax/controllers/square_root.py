@@ -1,0 +1,97 @@
+"""The square-root law with bounds, and rounding to whole rollouts that meet a budget exactly.
+
+Source: arXiv 2601.19280, Rollout-GDRO's variance proxy sum_b q_b v_b / n_b, whose minimiser under sum_b q_b n_b = n_bar
+is n_b = n_bar sqrt(v_b) / sum_j q_j sqrt(v_j). The active set and the rounding are this project's.
+"""
+
+import operator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from gdro_jax.controllers import _checks
+
+_FLOOR = 1e-12  # smallest variance, relative to the largest: decides who gets what others cannot take
+
+
+def square_root_law(
+    variances: ArrayLike, weights: ArrayLike, mean_rollouts: float, min_rollouts: float, max_rollouts: float
+) -> jax.Array:
+    """Minimises sum_b w_b v_b / n_b subject to sum_b w_b n_b = mean_rollouts sum_b w_b, min <= n_b <= max; float32[B].
+
+    What clipping at a bound frees or takes is spent again on the others (active set): n_b = clip(c sqrt(v_b)), with the
+    one c that meets the budget, found exactly from the 2B points where a bin reaches a bound. variances and weights
+    float[B], >= 0 (anything else counts as 0). Raises ValueError unless 0 < min <= mean <= max.
+    """
+    _checks.number("min_rollouts", min_rollouts, 0.0, open_low=True, open_high=True)
+    _checks.number("max_rollouts", max_rollouts, min_rollouts, open_high=True)
+    _checks.number("mean_rollouts", mean_rollouts, min_rollouts, max_rollouts)
+    v = _clean(_checks.float_vector("variances", variances))
+    w = _clean(_checks.float_vector("weights", weights, v.shape[0]))
+    w = jnp.where(jnp.max(w) > 0, w / jnp.maximum(jnp.max(w), jnp.finfo(jnp.float32).tiny), 1.0)
+    root = jnp.where(jnp.max(v) > 0, v / jnp.maximum(jnp.max(v), jnp.finfo(jnp.float32).tiny), 1.0)
+    root = jnp.sqrt(jnp.maximum(root, _FLOOR))
+    at_min, at_max = min_rollouts / root, max_rollouts / root  # scales c at which a bin reaches its bounds
+    points = jnp.concatenate([at_min, at_max])
+    slopes = jnp.concatenate([w * root, -w * root])
+    order = jnp.argsort(points)
+    points, slope = points[order], jnp.cumsum(slopes[order])
+    rises = jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(slope[:-1] * jnp.diff(points))])
+    missing = (mean_rollouts - min_rollouts) * jnp.sum(w)
+    last = jnp.maximum(jnp.sum(rises <= missing, dtype=jnp.int32) - 1, 0)
+    middle = 0.5 * (points[last] + points[jnp.minimum(last + 1, points.shape[0] - 1)])
+    low, high = at_min >= middle, at_max <= middle
+    free = ~(low | high)
+    fixed = jnp.sum(w * jnp.where(low, min_rollouts, jnp.where(high, max_rollouts, 0.0)))
+    total = jnp.sum(jnp.where(free, w * root, 0.0))
+    scale = (mean_rollouts * jnp.sum(w) - fixed) / jnp.where(total > 0, total, 1.0)
+    scale = jnp.where(total > 0, scale, middle)
+    return jnp.clip(scale * root, min_rollouts, max_rollouts).astype(jnp.float32)
+
+
+def round_to_budget(ideal_per_prompt: ArrayLike, budget: int, min_rollouts: int, max_rollouts: int) -> jax.Array:
+    """Whole rollouts nearest to the ideal (least squares) within the bounds that add up to the budget; int32[P].
+
+    Nearest means n_i = clip(round(ideal_i + shift)) for one common shift, ties by position; non-finite ideals count as
+    the mean. Raises ValueError unless 0 <= min <= max and P min <= budget <= P max (a traced budget is not checked).
+    """
+    ideal = _checks.float_vector("ideal_per_prompt", ideal_per_prompt)
+    _checks.integer("min_rollouts", min_rollouts, 0)
+    _checks.integer("max_rollouts", max_rollouts, min_rollouts)
+    prompts = ideal.shape[0]
+    amount = budget if isinstance(budget, jax.core.Tracer) else operator.index(budget)
+    if not isinstance(amount, jax.core.Tracer) and not prompts * min_rollouts <= amount <= prompts * max_rollouts:
+        allowed = f"between {prompts} x min_rollouts={min_rollouts} and {prompts} x max_rollouts={max_rollouts}"
+        raise _checks.reject("budget", amount, allowed)
+    return _nearest(ideal, jnp.asarray(amount).astype(jnp.int32), min_rollouts, max_rollouts)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _nearest(ideal: jax.Array, budget: jax.Array, min_rollouts: int, max_rollouts: int) -> jax.Array:
+    prompts = ideal.shape[0]
+    reach = float(max_rollouts + 1000)
+    ideal = jnp.clip(jnp.where(jnp.isfinite(ideal), ideal, budget.astype(jnp.float32) / max(prompts, 1)), -reach, reach)
+
+    def counts(shift: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.floor(ideal + shift + 0.5), min_rollouts, max_rollouts).astype(jnp.int32)
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = 0.5 * (low + high)
+        over = jnp.sum(counts(middle), dtype=jnp.int32) > budget
+        return jnp.where(over, low, middle), jnp.where(over, middle, high)
+
+    span = jnp.float32(2.0 * reach + 2.0)
+    low, high = jax.lax.fori_loop(0, 40, halve, (-span, span))
+    base = counts(low)
+    spare = counts(high) - base  # 0 or 1: who gets one more at the next shift up
+    threshold = base.astype(jnp.float32) + 0.5 - ideal
+    order = jnp.argsort(jnp.where(spare > 0, threshold, jnp.inf))
+    rank = jnp.zeros(prompts, jnp.int32).at[order].set(jnp.arange(prompts, dtype=jnp.int32))
+    return base + (rank < budget - jnp.sum(base, dtype=jnp.int32)).astype(jnp.int32)
+
+
+def _clean(values: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.where(jnp.isfinite(values), values, 0.0), 0.0, 1e30)

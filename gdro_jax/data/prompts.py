@@ -1,0 +1,219 @@
+"""From problems to token ids: template, tokenisation, length limit, stop tokens, padding, and the order of the data."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gdro_jax.data.sources import DataError, Problem
+
+TEMPLATES: Mapping[str, str] = MappingProxyType(
+    {
+        "plain": "{problem}",
+        "boxed": "{problem}\nLet's think step by step and output the final answer within \\boxed{}.",
+    }
+)
+"""Templates by name; ``boxed`` is the one of arXiv 2601.19280."""
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that is used here."""
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    def __call__(self, text: list[str], *, padding: bool, truncation: bool) -> Mapping[str, list[list[int]]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Problems that fit the length limit, with dense ids 0..N-1 in data order, and their token ids."""
+
+    problems: tuple[Problem, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    """One tuple of token ids a problem, never empty."""
+    dropped: tuple[Problem, ...]
+    """The problems left out as too long, under the ids they came with."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(ids) for ids in self.tokens)
+
+
+def resolve_template(template: str) -> str:
+    """The text of a template given by name or as text.
+
+    Raises:
+        ValueError: neither a known name nor a text that holds ``{problem}`` exactly once.
+    """
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if template.count("{problem}") != 1:
+        close = get_close_matches(template, TEMPLATES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"template: {template!r} is not allowed; it must be one of {', '.join(TEMPLATES)}, "
+            f"or a text with {{problem}} in it exactly once{hint}"
+        )
+    return template
+
+
+def render(template: str, problem: str) -> str:
+    """The prompt of a problem. Only ``{problem}`` is replaced: any other brace stays as it is."""
+    before, _, after = resolve_template(template).partition("{problem}")
+    return before + problem + after
+
+
+def prepare(
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    *,
+    template: str = "boxed",
+    max_tokens: int | None = None,
+    on_overlong: str = "refuse",
+) -> Prompts:
+    """Render and tokenise problems; no chat template is applied.
+
+    Args:
+        template: a name of ``TEMPLATES`` or a text with ``{problem}``.
+        max_tokens: longest prompt allowed; None for no limit.
+        on_overlong: ``refuse`` raises at the first prompt that is longer, ``drop`` leaves them out and lists them.
+
+    Raises:
+        ValueError: a bad setting.
+        DataError: a prompt without tokens, one that is too long under ``refuse``, or none that fits.
+    """
+    if on_overlong not in ("refuse", "drop"):
+        raise ValueError(f"on_overlong: {on_overlong!r} is not allowed; it must be 'refuse' or 'drop'")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens: {max_tokens!r} is not allowed; it must be at least 1, or None")
+    if not problems:
+        raise DataError("problems: there are none; at least one is needed")
+    texts = [render(template, problem.prompt) for problem in problems]
+    encoded = tokenizer(texts, padding=False, truncation=False)["input_ids"]
+    kept: list[Problem] = []
+    tokens: list[tuple[int, ...]] = []
+    dropped: list[Problem] = []
+    for problem, ids in zip(problems, encoded, strict=True):
+        if not ids:
+            raise DataError(f"problem {problem.id}: its prompt has no tokens; at least one is needed")
+        if max_tokens is not None and len(ids) > max_tokens:
+            if on_overlong == "refuse":
+                raise DataError(
+                    f"problem {problem.id}: its prompt has {len(ids)} tokens, more than the {max_tokens} allowed; "
+                    "raise the limit, or drop such prompts with on_overlong='drop'"
+                )
+            dropped.append(problem)
+            continue
+        kept.append(replace(problem, id=len(kept)))
+        tokens.append(tuple(int(token) for token in ids))
+    if not kept:
+        raise DataError(f"all {len(problems)} prompts have more than the {max_tokens} tokens allowed")
+    return Prompts(problems=tuple(kept), tokens=tuple(tokens), dropped=tuple(dropped))
+
+
+def stop_tokens(model_folder: str | Path | None = None, tokenizer: Tokenizer | None = None) -> tuple[int, ...]:
+    """Every id that ends a response, sorted: of ``generation_config.json``, ``config.json`` and the tokenizer.
+
+    Raises:
+        DataError: none is declared anywhere, or a file declares something else than an id or a list of ids.
+    """
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json") if model_folder is not None else ():
+        found |= _declared_stops(Path(str(model_folder)) / name)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        found.add(int(tokenizer.eos_token_id))
+    if not found:
+        raise DataError(f"stop tokens: neither {model_folder} nor the tokenizer declares an eos_token_id")
+    return tuple(sorted(found))
+
+
+def _declared_stops(path: Path) -> set[int]:
+    if not path.is_file():
+        return set()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error})") from None
+    value = content.get("eos_token_id") if isinstance(content, dict) else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise DataError(f"{path}: eos_token_id is {value!r}; a token id or a list of them is needed")
+    return set(ids)
+
+
+def bucket(longest: int, multiple: int = 16) -> int:
+    """The padded length for prompts of at most ``longest`` tokens: the next multiple of ``multiple``."""
+    if longest < 1 or multiple < 1:
+        raise ValueError(f"longest, multiple: {longest}, {multiple} are not allowed; both must be at least 1")
+    return -(-longest // multiple) * multiple
+
+
+def pad(prompts: Sequence[Sequence[int]], length: int, pad_id: int = 0) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Right-padded token ids int32[P, L] and the mask bool[P, L] of those that are real, L = ``length``.
+
+    Raises:
+        ValueError: a prompt is longer than ``length``.
+    """
+    lengths = np.array([len(ids) for ids in prompts], dtype=np.int64)
+    if lengths.size and int(lengths.max()) > length:
+        raise ValueError(f"length: {length} is too short; the longest prompt has {int(lengths.max())} tokens")
+    mask = np.arange(length)[None, :] < lengths[:, None]
+    tokens = np.full((len(prompts), length), pad_id, dtype=np.int32)
+    tokens[mask] = np.fromiter((token for ids in prompts for token in ids), dtype=np.int32, count=int(lengths.sum()))
+    return tokens, mask
+
+
+def order(seed: int, position: int, num_prompts: int, count: int) -> NDArray[np.int32]:
+    """Ids of the next ``count`` prompts after ``position`` prompts were taken: int32[count], no id twice.
+
+    A pure function of its arguments: nothing to save, any position is as cheap as any other. Epochs are permutations
+    keyed on (seed, epoch), built from the raw Philox stream so that they are the same under every NumPy version. An
+    epoch is ``num_prompts // count`` whole steps; the few prompts left over (others each epoch) sit it out. A position
+    that is no multiple of ``count`` may run over an epoch's end: ids already taken in the same step are then skipped.
+
+    Raises:
+        ValueError: a negative seed or position, or a ``count`` outside 1..num_prompts.
+    """
+    if seed < 0 or position < 0:
+        raise ValueError(f"seed, position: {seed}, {position} are not allowed; neither may be negative")
+    if not 1 <= count <= num_prompts:
+        raise ValueError(f"count: {count} is not allowed; it must be in 1..{num_prompts}, the number of prompts")
+    per_epoch = num_prompts // count * count
+    epoch, offset = divmod(position, per_epoch)
+    ids = _permutation(seed, epoch, num_prompts)[offset : min(offset + count, per_epoch)]
+    if ids.size < count:
+        following = _permutation(seed, epoch + 1, num_prompts)
+        fresh = following[~np.isin(following, ids)]
+        ids = np.concatenate([ids, fresh[: count - ids.size]])
+    return ids.astype(np.int32)
+
+
+def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    """A permutation of 0..size-1 that depends on (seed, epoch) alone."""
+    stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    return np.argsort(stream.random_raw(size), kind="stable").astype(np.int64)
+
+
+def first_per_stratum(prompts: Prompts, count: int | None) -> Prompts:
+    """The first `count` problems of each stratum, ids kept; all of them for None."""
+    if count is None:
+        return prompts
+    taken: dict[str, int] = {}
+    chosen = []
+    for place, problem in enumerate(prompts.problems):
+        taken[problem.stratum] = taken.get(problem.stratum, 0) + 1
+        if taken[problem.stratum] <= count:
+            chosen.append(place)
+    return replace(
+        prompts,
+        problems=tuple(prompts.problems[i] for i in chosen),
+        tokens=tuple(prompts.tokens[i] for i in chosen),
+    )

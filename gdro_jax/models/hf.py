@@ -1,0 +1,217 @@
+"""Loading and saving Hugging Face folders: config.json with one or more *.safetensors, as transformers keeps them.
+
+Both directions read `param_specs`, the one description of the parameters, and hold one stacked parameter in host
+memory at a time besides the model (loading) or the file being written (saving).
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from gdro_jax.models.checkpoint import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    CheckpointNotFoundError,
+    TensorSlice,
+    check_tensors,
+    open_tensors,
+    read_config,
+)
+from gdro_jax.models.config import ParamSpec, Qwen3Config, param_specs, stored_shape
+from gdro_jax.models.qwen3 import Qwen3
+from gdro_jax.models.sharding import param_sharding
+
+__all__ = ["CheckpointError", "CheckpointNotFoundError", "load", "save"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+GENERATION_FILE = "generation_config.json"
+
+
+def load(path: str | os.PathLike[str], dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Qwen3:
+    """The model of a Hugging Face folder, its parameters cast to `dtype`.
+
+    Everything is checked before device memory is taken; then tensors are read one at a time, by slice, and with a
+    mesh each device gets its own part only.
+
+    Args:
+      path: a folder with config.json and *.safetensors (one file, or shards with an index), of bfloat16, float16,
+        float32 or float64 tensors.
+      dtype: of the parameters and so of the computation: "float32", "bfloat16" or "float16".
+      mesh: shards the parameters by `sharding.MESH_AXES`; None puts them on the default device.
+
+    Raises:
+      CheckpointError: (a ValueError; also a FileNotFoundError where something is missing) one line that names what
+        is missing, unexpected, mis-shaped, truncated or of another architecture.
+      ValueError: an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    folder = pathlib.Path(path)
+    config = read_config(folder)
+    with ExitStack() as files:
+        tensors = open_tensors(folder, files)
+        check_tensors(folder, config, tensors)
+        arrays = {}
+        for name, spec in param_specs(config).items():
+            arrays[name] = _load_param(config, spec, tensors, jnp.dtype(dtype), mesh)
+    return Qwen3(config, arrays)
+
+
+def save(
+    model: Qwen3,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    max_file_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a folder that `load` and transformers open with every tensor equal, in the parameters' own dtype.
+
+    The folder appears whole or not at all: it is written beside `path` and renamed. One that is there already is
+    replaced as a whole, but only if it holds nothing that this function does not write.
+
+    Args:
+      model: of any sharding, as long as this process can read all of it.
+      path: the folder to make; its parents are made too.
+      tokenizer_from: a folder whose tokenizer files and generation_config.json are copied.
+      max_file_bytes: above it the weights are split over several files with an index.
+
+    Raises:
+      CheckpointError: `path` holds other files, or `tokenizer_from` no tokenizer; one line.
+      ValueError: `max_file_bytes` below 1.
+    """
+    if max_file_bytes < 1:
+        raise ValueError(f"max_file_bytes={max_file_bytes}: must be at least 1")
+    target = pathlib.Path(path).resolve()
+    _check_replaceable(target)
+    extras = [] if tokenizer_from is None else _tokenizer_files(pathlib.Path(tokenizer_from))
+    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    partial.mkdir(parents=True)
+    try:
+        content = model.config.to_hf() | {"torch_dtype": str(model.embed.dtype)}
+        (partial / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        _save_tensors(model, partial, max_file_bytes)
+        for file in extras:
+            shutil.copyfile(file, partial / file.name)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load_param(
+    config: Qwen3Config,
+    spec: ParamSpec,
+    tensors: Mapping[str, TensorSlice],
+    dtype: np.dtype,
+    mesh: jax.sharding.Mesh | None,
+) -> jax.Array:
+    shape = stored_shape(config, spec)
+    if mesh is None:
+        return jax.device_put(_read(config, spec, tensors, dtype, tuple(slice(0, n) for n in shape)))
+    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share one read
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = (slice(None),) * len(shape) if index is None else index
+        whole = tuple(slice(*cut.indices(n)[:2]) for cut, n in zip(index, shape, strict=True))
+        if str(whole) not in parts:
+            parts[str(whole)] = _read(config, spec, tensors, dtype, whole)
+        return parts[str(whole)]
+
+    return jax.make_array_from_callback(shape, param_sharding(config, spec, mesh), part)
+
+
+def _read(
+    config: Qwen3Config, spec: ParamSpec, tensors: Mapping[str, TensorSlice], dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """The part `index` (start and stop given) of a stored parameter, read from the tensors that hold it."""
+    layers = range(config.num_layers)[index[0]] if spec.stacked else range(1)
+    own = index[1:] if spec.stacked else index
+    out = np.empty((len(layers), *(cut.stop - cut.start for cut in own)), dtype)
+    for row, layer in enumerate(layers):
+        tensor = tensors[spec.hf_name.format(layer=layer)]
+        out[row] = tensor[own[::-1]].T if spec.transpose else tensor[own]
+    return out if spec.stacked else out[0]
+
+
+def _save_tensors(model: Qwen3, folder: pathlib.Path, max_file_bytes: int) -> None:
+    written: list[list[str]] = []
+    total = 0
+    for batch in _batches(_tensors(model), max_file_bytes):
+        file = folder / f"part-{len(written)}"
+        save_file(batch, file, metadata={"format": "pt"})
+        file.chmod((folder / "config.json").stat().st_mode)  # as readable as the rest
+        written.append(list(batch))
+        total += sum(array.nbytes for array in batch.values())
+    if len(written) == 1:
+        (folder / "part-0").rename(folder / WEIGHTS_FILE)
+        return
+    places: dict[str, str] = {}
+    for part, tensors in enumerate(written):
+        name = f"model-{part + 1:05}-of-{len(written):05}.safetensors"
+        (folder / f"part-{part}").rename(folder / name)
+        places |= dict.fromkeys(tensors, name)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensors(model: Qwen3) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the checkpoint by name, one stacked parameter on the host at a time."""
+    for name, spec in param_specs(model.config).items():
+        array = np.asarray(getattr(model, name)[...])
+        for layer in range(model.config.num_layers if spec.stacked else 1):
+            own = array[layer] if spec.stacked else array
+            yield spec.hf_name.format(layer=layer), np.ascontiguousarray(own.T if spec.transpose else own)
+
+
+def _batches(tensors: Iterator[tuple[str, np.ndarray]], most: int) -> Iterator[dict[str, np.ndarray]]:
+    """Groups tensors in order, none of more than `most` bytes unless it is a single tensor."""
+    batch: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in tensors:
+        if batch and size + array.nbytes > most:
+            yield batch
+            batch, size = {}, 0
+        batch[name] = array
+        size += array.nbytes
+    yield batch
+
+
+def _tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    found = [folder / name for name in (*TOKENIZER_FILES, GENERATION_FILE) if (folder / name).is_file()]
+    if not any(file.name in ("tokenizer.json", "vocab.json") for file in found):
+        raise CheckpointNotFoundError(f"tokenizer_from={str(folder)!r}: no tokenizer.json or vocab.json there")
+    return found
+
+
+def _check_replaceable(target: pathlib.Path) -> None:
+    """Refuses to replace anything that a saved checkpoint would not hold."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; expected a folder or nothing")
+    ours = {"config.json", INDEX_FILE, GENERATION_FILE, *TOKENIZER_FILES}
+    for entry in sorted(target.iterdir()):
+        if entry.name not in ours and entry.suffix != ".safetensors":
+            raise CheckpointError(f"{target}: holds {entry.name}, which is no checkpoint file; refusing to replace it")

@@ -1,0 +1,316 @@
+"""The Qwen3 policy in Flax: two calls, `prefill` and `extend`, shared by the sampler and the trainer.
+
+`prefill` runs each prompt once and returns its keys and values; `extend` runs response tokens over them, one at
+a time with a cache (sampler) or all at once (trainer). Both go through `_decoder`, so sampler and trainer cannot
+disagree. Blocks are stacked on a leading axis and scanned: program size does not grow with depth.
+
+Architecture: Qwen3 Technical Report, arXiv 2505.09388 (section 2), as published in `Qwen/Qwen3-*-Base`.
+Letters: P prompts, R rows, L prompt tokens, T response tokens, S any sequence, D width, H heads, K KV heads,
+C head size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gdro_jax.models.config import ParamSpec, Qwen3Config, num_params, param_specs, stored_shape
+
+__all__ = [
+    "Cache", "ParamSpec", "PromptKV", "Qwen3", "Qwen3Config", "decode", "empty_cache", "extend", "init", "logits",
+    "num_params", "param_specs", "prefill", "row_kv", "stored_shape", "unembed", "unembed_weight",
+]  # fmt: skip
+
+Aux = TypeVar("Aux")
+_MASKED = -1e30  # finite, so that a row with nothing to attend to gives finite garbage, never NaN
+
+
+class Qwen3(nnx.Module):
+    """A Qwen3 decoder: a pytree of `nnx.Param` arrays, one attribute per entry of `param_specs(config)`.
+
+    It works directly under `jax.jit`, `jax.grad` and optax. The compute dtype is the parameters' dtype; norms,
+    rotary embedding, attention weights and logits are float32.
+
+    Args:
+      config: the architecture (static).
+      arrays: one array per name of `param_specs(config)`, of shape `stored_shape(config, spec)`.
+
+    Raises:
+      ValueError: a missing or unexpected name, or a wrong shape.
+    """
+
+    embed: nnx.Param[jax.Array]
+    final_norm: nnx.Param[jax.Array]
+    lm_head: nnx.Param[jax.Array]  # only where the head is not tied
+
+    def __init__(self, config: Qwen3Config, arrays: dict[str, jax.Array]):
+        specs = param_specs(config)
+        if set(specs) != set(arrays):
+            raise ValueError(f"parameters differ from the configuration: {sorted(set(specs) ^ set(arrays))}")
+        for name, spec in specs.items():
+            want = stored_shape(config, spec)
+            if tuple(arrays[name].shape) != want:
+                raise ValueError(f"{name}: shape {tuple(arrays[name].shape)}, the configuration needs {want}")
+        self.config = config
+        for name in specs:
+            setattr(self, name, nnx.Param(arrays[name]))
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The parameters by name, in the order of `param_specs`."""
+        return {name: getattr(self, name)[...] for name in param_specs(self.config)}
+
+
+class PromptKV(NamedTuple):
+    """Keys and values of prompts: k, v [layers, P, L, K, C]; mask bool[P, L]; length int32[P] real tokens."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+    length: jax.Array
+
+
+class Cache(NamedTuple):
+    """A row's own keys and values: k, v [layers, R, T, K, C], filled from the left."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def init(config: Qwen3Config, key: jax.Array, dtype: str = "float32") -> Qwen3:
+    """A randomly initialised model (normal 0.02, norms one), every parameter from its own folded key."""
+    arrays = {}
+    for i, (name, spec) in enumerate(param_specs(config).items()):
+        shape = stored_shape(config, spec)
+        if spec.scale is None:
+            arrays[name] = jnp.ones(shape, dtype)
+        else:
+            noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+            arrays[name] = (spec.scale * noise).astype(dtype)
+    return Qwen3(config, arrays)
+
+
+def unembed_weight(model: Qwen3) -> jax.Array:
+    """The output matrix [V, D]: the embedding itself when the head is tied."""
+    return model.embed[...] if model.config.tie_embeddings else model.lm_head[...]
+
+
+def unembed(model: Qwen3, hidden: jax.Array) -> jax.Array:
+    """Logits float32[..., V] of final hidden states [..., D]."""
+    return jnp.einsum("...d,vd->...v", hidden, unembed_weight(model), preferred_element_type=jnp.float32)
+
+
+def logits(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Logits of whole sequences.
+
+    Args:
+      tokens: int32[N, S].
+      mask: bool[N, S]; padding may stand anywhere, positions count real tokens only.
+
+    Returns:
+      float32[N, S, V]; entries at padding are finite and meaningless.
+    """
+    hidden, _ = _full(model, tokens, mask)
+    return unembed(model, _rms_norm(hidden, model.final_norm[...], model.config.rms_norm_eps))
+
+
+def prefill(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[PromptKV, jax.Array]:
+    """Runs every prompt once.
+
+    Args:
+      tokens: int32[P, L], padded on the right.
+      mask: bool[P, L].
+
+    Returns:
+      The prompts' keys and values, and the final hidden state [P, D] of each prompt's last token, from which
+      the first response token is predicted.
+    """
+    hidden, cache = _full(model, tokens, mask)
+    length = mask.sum(-1, dtype=jnp.int32)
+    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+    last = _rms_norm(last, model.final_norm[...], model.config.rms_norm_eps)
+    return PromptKV(cache.k, cache.v, mask, length), last
+
+
+def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, prompt_index: jax.Array) -> jax.Array:
+    """Runs whole responses over their prompts' keys and values (teacher forcing).
+
+    Args:
+      tokens: int32[R, T], padded on the right.
+      mask: bool[R, T].
+      kv: of P prompts.
+      prompt_index: int32[R], the prompt of each row.
+
+    Returns:
+      Final hidden states [R, T, D]; position t predicts response token t + 1.
+    """
+    steps = jnp.arange(tokens.shape[1])
+    turn = _rotation(model.config, kv.length[prompt_index][:, None] + steps)
+    own = (steps[None, :, None] >= steps[None, None, :]) & mask[:, None, :]  # [R, T, T]
+    seen = jnp.broadcast_to(kv.mask[prompt_index][:, None, :], (*tokens.shape, kv.mask.shape[1]))
+
+    def attend(layer_kv: tuple[jax.Array, jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        shared_k, shared_v = layer_kv[0][prompt_index], layer_kv[1][prompt_index]
+        return _attention(q, [(shared_k, shared_v, seen), (k, v, own)])
+
+    def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+        weights, layer_kv = layer
+        x, _ = _block(model.config, weights, x, turn, lambda q, k, v: (attend(layer_kv, q, k, v), None))
+        return x, None
+
+    x, _ = jax.lax.scan(block, _embed(model, jnp.where(mask, tokens, 0)), (_block_weights(model), (kv.k, kv.v)))
+    return _rms_norm(x, model.final_norm[...], model.config.rms_norm_eps)
+
+
+def row_kv(kv: PromptKV, prompt_index: jax.Array) -> PromptKV:
+    """Each row's own copy of its prompt's keys and values, for `decode`."""
+    return PromptKV(kv.k[:, prompt_index], kv.v[:, prompt_index], kv.mask[prompt_index], kv.length[prompt_index])
+
+
+def empty_cache(model: Qwen3, rows: int, length: int) -> Cache:
+    """A zeroed cache for `rows` rows of up to `length` tokens, in the parameters' dtype."""
+    c = model.config
+    shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
+    return Cache(jnp.zeros(shape, model.embed.dtype), jnp.zeros(shape, model.embed.dtype))
+
+
+def decode(model: Qwen3, token: jax.Array, step: jax.Array, kv: PromptKV, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Runs one more token per row.
+
+    Args:
+      token: int32[R], each row's response token number `step`.
+      step: int32 scalar, the same for every row.
+      kv: row-aligned prompt keys and values (`row_kv`).
+      cache: the rows' own keys and values, of which the first `step` positions are filled.
+
+    Returns:
+      The final hidden state [R, D], which predicts response token `step + 1`, and the cache with one more filled.
+    """
+    turn = _rotation(model.config, kv.length[:, None] + step)
+    own = jnp.broadcast_to(jnp.arange(cache.k.shape[2]) <= step, (token.shape[0], 1, cache.k.shape[2]))
+    seen = kv.mask[:, None, :]
+
+    def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
+        x, cache = carry
+        weights, number, prompt_k, prompt_v = layer
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
+            at = (number, 0, step, 0, 0)
+            filled = Cache(
+                jax.lax.dynamic_update_slice(cache.k, k[None], at), jax.lax.dynamic_update_slice(cache.v, v[None], at)
+            )
+            return _attention(q, [(prompt_k, prompt_v, seen), (filled.k[number], filled.v[number], own)]), filled
+
+        x, cache = _block(model.config, weights, x, turn, attend)
+        return (x, cache), None
+
+    layers = (_block_weights(model), jnp.arange(model.config.num_layers), kv.k, kv.v)
+    (x, cache), _ = jax.lax.scan(block, (_embed(model, token[:, None]), cache), layers)
+    return _rms_norm(x[:, 0], model.final_norm[...], model.config.rms_norm_eps), cache
+
+
+def _full(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Cache]:
+    """Causal self-attention over whole sequences: hidden states before the final norm, and keys and values."""
+    turn = _rotation(model.config, jnp.maximum(jnp.cumsum(mask, -1) - 1, 0))
+    steps = jnp.arange(tokens.shape[1])
+    causal = (steps[None, :, None] >= steps[None, None, :]) & mask[:, None, :]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
+        return _attention(q, [(k, v, causal)]), Cache(k, v)
+
+    def block(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, Cache]:
+        return _block(model.config, weights, x, turn, attend)
+
+    return jax.lax.scan(block, _embed(model, jnp.where(mask, tokens, 0)), _block_weights(model))
+
+
+def _embed(model: Qwen3, tokens: jax.Array) -> jax.Array:
+    return jnp.take(model.embed[...], tokens, axis=0)
+
+
+def _block_weights(model: Qwen3) -> dict[str, jax.Array]:
+    return {name: getattr(model, name)[...] for name, spec in param_specs(model.config).items() if spec.stacked}
+
+
+def _block(
+    config: Qwen3Config,
+    weights: dict[str, jax.Array],
+    x: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]],
+) -> tuple[jax.Array, Aux]:
+    """One pre-norm block: x [N, S, D], `turn` from `_rotation`; `attend` does the mixing and returns what it keeps."""
+    c, w = config, weights
+    h = _rms_norm(x, w["input_norm"], c.rms_norm_eps)
+    q, k, v = (_heads(_matmul(h, w[f"{n}_proj"]) + w.get(f"{n}_bias", 0), c.head_dim) for n in "qkv")
+    q = _rope(_rms_norm(q, w["q_norm"], c.rms_norm_eps), turn)
+    k = _rope(_rms_norm(k, w["k_norm"], c.rms_norm_eps), turn)
+    mixed, aux = attend(q, k, v)
+    x = x + _matmul(mixed.reshape(*x.shape[:2], -1), w["o_proj"]) + w.get("o_bias", 0)
+    h = _rms_norm(x, w["post_norm"], c.rms_norm_eps)
+    gated = jax.nn.silu(_matmul(h, w["gate_proj"])) * _matmul(h, w["up_proj"])
+    return x + _matmul(gated, w["down_proj"]), aux
+
+
+def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """[..., in] by [in, out] as one matrix product: on CPU the weights' gradient is then twice as fast."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
+
+
+def _heads(x: jax.Array, head_dim: int) -> jax.Array:
+    return x.reshape(*x.shape[:-1], -1, head_dim)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return scale * normed.astype(x.dtype)
+
+
+def _rotation(config: Qwen3Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine float32[N, S, 1, C / 2] of the rotary angles at int32[N, S], the same in every layer."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rope(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding of [N, S, heads, C], first half paired with second as in the published checkpoints."""
+    half = x.shape[-1] // 2
+    cos, sin = turn
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _attention(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+    """Grouped-query attention over several pieces of context under one softmax.
+
+    Args:
+      q: [N, S, H, C].
+      parts: (k, v, mask) with k, v [N, U, K, C] and mask bool[N, S, U]; pieces may differ in U.
+
+    Returns:
+      [N, S, H, C].
+    """
+    n, s, h, c = q.shape
+    grouped = q.reshape(n, s, parts[0][0].shape[2], -1, c)
+    scores = [
+        jnp.where(
+            mask[:, None, None],
+            jnp.einsum("nskgc,nukc->nkgsu", grouped, k, preferred_element_type=jnp.float32) * c**-0.5,
+            _MASKED,
+        )
+        for k, _, mask in parts
+    ]
+    top = jax.lax.stop_gradient(
+        jnp.max(jnp.concatenate([x.max(-1, keepdims=True) for x in scores], -1), -1, keepdims=True)
+    )
+    weights = [jnp.exp(x - top) for x in scores]
+    total = sum(x.sum(-1, keepdims=True) for x in weights)
+    mixed = sum(
+        jnp.einsum("nkgsu,nukc->nskgc", (x / total).astype(v.dtype), v)
+        for x, (_, v, _) in zip(weights, parts, strict=True)
+    )
+    return jnp.asarray(mixed).reshape(n, s, h, c)

@@ -1,0 +1,37 @@
+"""The one table from logical axes of parameters to mesh axes, and the shardings that follow from it."""
+
+import jax
+import numpy as np
+
+from gdro_jax.models.config import ParamSpec, Qwen3Config, stored_shape
+
+MESH_AXES: dict[str, str | None] = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "head_dim": None,
+}
+
+
+def param_sharding(config: Qwen3Config, spec: ParamSpec, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """How one stored parameter lies on a mesh.
+
+    A dimension is split where its mesh axis exists in `mesh` and divides it evenly, and is replicated otherwise;
+    the layer axis is never split. Axis types of `mesh` are taken as `Auto`: the compiler places what is computed.
+
+    Args:
+      config: the architecture.
+      spec: one entry of `param_specs(config)`.
+      mesh: any axis names; only those of `MESH_AXES` matter.
+    """
+    axes = (None, *spec.axes) if spec.stacked else spec.axes
+    sizes = dict(mesh.shape)
+    split: list[str | None] = []
+    for size, axis in zip(stored_shape(config, spec), axes, strict=True):
+        name = None if axis is None else MESH_AXES[axis]
+        split.append(name if name in sizes and size % sizes[name] == 0 else None)
+    types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+    auto = jax.sharding.Mesh(np.asarray(mesh.devices), mesh.axis_names, axis_types=types)
+    return jax.sharding.NamedSharding(auto, jax.sharding.PartitionSpec(*split))

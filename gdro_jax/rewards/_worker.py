@@ -1,0 +1,92 @@
+"""A worker of the maths verifier: a program run by path, so that it imports math-verify and nothing of this package.
+
+Reads one JSON request a line from standard input, ``{"id", "gold", "given"}``, and answers each with one line on the
+original standard output, ``{"id", "verdict"}``, where the verdict is true, false, or a string that says why the row is
+unscorable. It has no deadline of its own: the parent kills it. Its memory and its processor time are limited.
+"""
+
+import importlib
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+RECURSION_LIMIT = 3000
+LARGEST_FILE = 1 << 20  # bytes that a worker may write to any one file
+
+
+def main() -> None:
+    """Answer requests until standard input ends. Arguments: memory limit in MiB, seconds of deadline of one row."""
+    memory_mb, timeout = int(sys.argv[1]), float(sys.argv[2])
+    with os.fdopen(os.dup(1), "wb", buffering=0) as replies:
+        os.dup2(2, 1)  # whatever a library prints cannot be taken for a reply
+        logging.disable(logging.CRITICAL)
+        grader = _Grader()
+        grader.verdict("\\frac{1}{2}", "x + 1")  # what is imported at first use is not the first row's to pay
+        sys.setrecursionlimit(RECURSION_LIMIT)
+        _limit(resource.RLIMIT_AS, memory_mb << 20)
+        _limit(resource.RLIMIT_FSIZE, LARGEST_FILE)
+        _limit(resource.RLIMIT_CORE, 0)
+        replies.write(b'{"ready": true}\n')
+        for line in sys.stdin.buffer:
+            request = json.loads(line)
+            # Backstop for a worker whose parent is gone: it dies of its own processor time.
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + 2 * timeout) + 1)
+            verdict = grader.verdict(request["gold"], request["given"])
+            replies.write(json.dumps({"id": request["id"], "verdict": verdict}).encode() + b"\n")
+
+
+def _limit(which: int, value: int) -> None:
+    """Set a soft limit, as far as the hard one and the platform allow."""
+    hard = resource.getrlimit(which)[1]
+    try:
+        resource.setrlimit(which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    except (ValueError, OSError):  # a platform without this limit; the parent's deadline still holds
+        return
+
+
+class _Grader:
+    """math-verify without its alarms. It takes any error for "not equal"; the two that mean "gave up" are noted."""
+
+    def __init__(self) -> None:
+        parser: Any = importlib.import_module("math_verify.parser")
+        grader: Any = importlib.import_module("math_verify.grader")
+        self._parse_text = parser.parse
+        self._equal = grader.verify
+        self._gave_up = ""
+        parser.latex2sympy = self._noting(parser.latex2sympy)
+        grader.sympy_expr_eq = self._noting(grader.sympy_expr_eq)
+        self._gold = lru_cache(maxsize=4096)(self._parse)
+
+    def verdict(self, gold: str, given: str) -> bool | str:
+        self._gave_up = ""
+        wanted = self._gold(gold)
+        if not wanted:
+            return self._gave_up or "the gold answer does not parse"
+        found = self._parse(given)
+        if self._equal(wanted, found, timeout_seconds=None):
+            return True
+        return self._gave_up or False
+
+    def _parse(self, text: str) -> list[object]:
+        return list(self._parse_text(f"\\boxed{{{text}}}", parsing_timeout=None))
+
+    def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: object, **kwargs: object) -> object:
+            try:
+                return function(*args, **kwargs)
+            except (MemoryError, RecursionError) as error:
+                self._gave_up = f"math-verify gave up: {type(error).__name__}"
+                raise
+
+        return noting
+
+
+if __name__ == "__main__":
+    main()

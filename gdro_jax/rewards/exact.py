@@ -1,0 +1,60 @@
+"""Exact match of strings and numbers, in this process: for tasks whose responses are the answer itself."""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gdro_jax.rewards.verifier import Grades, check_lengths, grades_of
+
+_NUMBER = re.compile(r"[+-]?[0-9]{1,64}(?:\.[0-9]{1,64}|/[0-9]{1,64})?")
+
+
+class ExactVerifier:
+    """Right if the stripped strings are equal, or both are numbers (``-7``, ``2.50``, ``3/4``) of equal value."""
+
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Grades:
+        """Grades of R responses. A row without a gold answer, or whose response is no string, is unscorable."""
+        check_lengths(responses, answers)
+        return grades_of([_verdict(response, answer) for response, answer in zip(responses, answers, strict=True)])
+
+    def score(self, responses: Sequence[str], answers: Sequence[str]) -> NDArray[np.float32]:
+        """float32[R], 1.0 right, 0.0 wrong or unscorable."""
+        return self.grade(responses, answers).scores
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _verdict(response: object, answer: object) -> bool | str:
+    if not isinstance(response, str):
+        return "the response is not a string"
+    if not isinstance(answer, str) or not answer.strip():
+        return "the gold answer is not a non-empty string"
+    given, gold = response.strip(), answer.strip()
+    if given == gold:
+        return True
+    value = _number(gold)
+    return value is not None and value == _number(given)
+
+
+def _number(text: str) -> Fraction | None:
+    """The value of a plain integer, decimal or fraction; None for anything else, division by zero included."""
+    if _NUMBER.fullmatch(text) is None:
+        return None
+    numerator, _, denominator = text.partition("/")
+    if not denominator:
+        return Fraction(numerator)
+    return Fraction(int(numerator), int(denominator)) if int(denominator) else None

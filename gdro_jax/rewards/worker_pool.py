@@ -1,0 +1,193 @@
+"""Worker processes with a deadline for each job: killed and replaced when it passes, or when they die.
+
+One loop waits on the pipes of all workers. There are no threads and no signals; the processes are started afresh, not
+forked with this process's state, and end when their input does.
+"""
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+WORKER_PROGRAM = Path(__file__).with_name("_worker.py")
+START_LIMIT = 120.0
+"""Seconds that a worker may take to be ready; importing is slow on a busy machine."""
+MAX_FAILED_STARTS = 3
+"""Workers in a row that end before they are ready until the pool gives up."""
+
+
+class VerifierError(RuntimeError):
+    """The verifier itself cannot work, whatever the responses are."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    deadline: float
+    ready: bool = False
+    job: int | None = None
+    unread: bytes = b""
+
+    @property
+    def busy(self) -> bool:
+        """It owes a line: a reply, or that it is ready."""
+        return not self.ready or self.job is not None
+
+    def receive(self) -> dict[str, object] | None:
+        """The next whole line, or None while there is none. EOFError once the worker is gone."""
+        assert self.process.stdout is not None
+        chunk = os.read(self.process.stdout.fileno(), 65536)
+        if not chunk:
+            raise EOFError
+        line, newline, rest = (self.unread + chunk).partition(b"\n")
+        self.unread = rest if newline else line
+        return dict(json.loads(line)) if newline else None
+
+
+class WorkerPool:
+    """Runs jobs (small JSON objects) on worker processes; see ``_worker.py`` for what is said to them."""
+
+    def __init__(self, *, workers: int, timeout: float, memory_mb: int) -> None:
+        self._timeout = timeout
+        self._memory_mb = memory_mb
+        self._failed_starts = 0
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
+        self._workers: list[_Worker] = []
+        self._closed = False
+        self._finalizer = weakref.finalize(self, _kill_all, self._workers)
+        for _ in range(workers):
+            self._workers.append(self._start())
+
+    def run(self, jobs: Sequence[Mapping[str, str]]) -> list[bool | str]:
+        """One verdict a job: True, False, or the reason why there is none.
+
+        Raises:
+            VerifierError: the pool is closed, or workers end before they are ready.
+        """
+        if self._closed:
+            raise VerifierError("the verifier is closed")
+        verdicts: dict[int, bool | str] = {}
+        pending = deque(range(len(jobs)))
+        try:
+            while len(verdicts) < len(jobs):
+                for worker in list(self._workers):
+                    if pending and not worker.busy:
+                        self._send(worker, pending, jobs)
+                for worker in self._readable():
+                    self._read(worker, verdicts)
+                self._expire(verdicts)
+        finally:
+            for worker in [worker for worker in self._workers if worker.job is not None]:
+                self._replace(worker)  # only after an interruption: its reply would be taken for a later job's
+        return [verdicts[job] for job in range(len(jobs))]
+
+    def close(self) -> None:
+        """Kill the workers. Closing twice is allowed."""
+        self._closed = True
+        self._finalizer()
+        self._errors.close()
+
+    # One turn of the loop -------------------------------------------------------------------------------------------
+    def _send(self, worker: _Worker, pending: deque[int], jobs: Sequence[Mapping[str, str]]) -> None:
+        assert worker.process.stdin is not None
+        job = pending[0]
+        try:
+            worker.process.stdin.write(json.dumps({"id": job, **jobs[job]}).encode() + b"\n")
+        except BrokenPipeError:  # it died while idle: not this job's fault
+            self._replace(worker)
+            return
+        pending.popleft()
+        worker.job = job
+        worker.deadline = time.monotonic() + self._timeout
+
+    def _readable(self) -> list[_Worker]:
+        """Workers that said something or ended, waiting for that until the nearest deadline."""
+        waiting = [worker for worker in self._workers if worker.busy]
+        with selectors.DefaultSelector() as selector:
+            for worker in waiting:
+                assert worker.process.stdout is not None
+                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+            nearest = min((worker.deadline for worker in waiting), default=time.monotonic())
+            return [key.data for key, _ in selector.select(max(0.0, nearest - time.monotonic()))]
+
+    def _read(self, worker: _Worker, verdicts: dict[int, bool | str]) -> None:
+        try:
+            message = worker.receive()
+        except EOFError:
+            self._ended(worker, verdicts)
+            return
+        if message is None:
+            return
+        if not worker.ready:
+            worker.ready = True
+            self._failed_starts = 0
+            return
+        job, verdict = message["id"], message["verdict"]
+        assert isinstance(job, int) and job == worker.job and isinstance(verdict, bool | str)
+        verdicts[job] = verdict
+        worker.job = None
+
+    def _ended(self, worker: _Worker, verdicts: dict[int, bool | str]) -> None:
+        code = worker.process.wait()
+        if not worker.ready:
+            self._failed_start(f"ended with code {code}")
+        elif worker.job is not None:
+            verdicts[worker.job] = f"the worker ended with code {code}"
+        self._replace(worker)
+
+    def _expire(self, verdicts: dict[int, bool | str]) -> None:
+        now = time.monotonic()
+        for worker in [worker for worker in self._workers if worker.busy and worker.deadline <= now]:
+            if not worker.ready:
+                self._failed_start(f"was not ready after {START_LIMIT:g} s")
+            elif worker.job is not None:
+                verdicts[worker.job] = f"took longer than {self._timeout:g} s"
+            self._replace(worker)
+
+    # Processes ------------------------------------------------------------------------------------------------------
+    def _start(self) -> _Worker:
+        process = subprocess.Popen(
+            # -P: the program's own folder must not shadow what it imports.
+            [sys.executable, "-P", str(WORKER_PROGRAM), str(self._memory_mb), str(self._timeout)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C is for this process to handle
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # the same grade in every run
+        )
+        return _Worker(process, deadline=time.monotonic() + START_LIMIT)
+
+    def _replace(self, worker: _Worker) -> None:
+        _kill(worker)
+        self._workers[self._workers.index(worker)] = self._start()
+
+    def _failed_start(self, what: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            self._errors.seek(0)
+            last = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise VerifierError(f"a verifier worker {what}, {self._failed_starts} times in a row: {''.join(last)}")
+
+
+def _kill(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.wait()
+    for pipe in (worker.process.stdin, worker.process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def _kill_all(workers: list[_Worker]) -> None:
+    for worker in workers:
+        _kill(worker)
+    workers.clear()

@@ -1,0 +1,301 @@
+"""A run's configuration: frozen sections, every field of which does something. The defaults are the demo's."""
+
+import dataclasses
+
+from gdro_jax.data.prompts import resolve_template
+from gdro_jax.sampling import SamplingConfig
+
+
+def _check(ok: bool, section: str, field: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{section}.{field}={value!r}: must be {allowed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where, how long and with what seed.
+
+    Attributes:
+      output: the run's folder.
+      seed: of everything random.
+      steps: training steps.
+      checkpoint_every: steps between checkpoints, None for one at the end only.
+      keep_checkpoints: how many of the newest are kept.
+      log_every: steps between lines of progress where standard error is not a terminal.
+      save_model: write the trained policy as a Hugging Face folder, `model/`, at the end.
+    """
+
+    output: str = "runs/demo"
+    seed: int = 0
+    steps: int = 100
+    checkpoint_every: int | None = 50
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    save_model: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "run", "steps", self.steps, "at least 1")
+        _check(0 <= self.seed < 2**31, "run", "seed", self.seed, "in 0..2147483647")
+        ok = self.checkpoint_every is None or self.checkpoint_every >= 1
+        _check(ok, "run", "checkpoint_every", self.checkpoint_every, "at least 1, or null for the end only")
+        _check(self.keep_checkpoints >= 1, "run", "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        _check(self.log_every >= 1, "run", "log_every", self.log_every, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The initial policy.
+
+    Attributes:
+      path: a Hugging Face folder, or `embedded` for the base shipped with the package.
+      dtype: of parameters and compute.
+      tokenizer: a folder with the tokenizer, None for the model's own.
+      random_init: seed of a random initialisation from the folder's config.json alone, None to load its weights.
+    """
+
+    path: str = "embedded"
+    dtype: str = "float32"
+    tokenizer: str | None = None
+    random_init: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.dtype in ("float32", "bfloat16"), "model", "dtype", self.dtype, "float32 or bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Problems, prompts and verification.
+
+    Attributes:
+      train: a JSON-lines file of problems, or `embedded` for the procedural set shipped with the package.
+      prompt_column, answer_column, stratum_column: names in that file, None to recognise the published benchmarks' own.
+      on_bad_row: `refuse` or `drop` a row that cannot be used.
+      template: `plain` (the problem alone), `boxed` (the instruction of arXiv 2601.19280 after it), or a text with
+        `{problem}` in it.
+      max_prompt_tokens: longest prompt, None for the longest there is; longer ones are treated as `overlong` says,
+        `drop` or `refuse`. Every prompt is padded to this one length.
+      verifier: `exact` or `math`.
+      verifier_workers: processes of the `math` verifier.
+      verifier_timeout: seconds one response may take.
+      max_unscorable: the run stops when more than this share of a step's rows is unscorable.
+    """
+
+    train: str = "embedded"
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    stratum_column: str | None = None
+    on_bad_row: str = "refuse"
+    template: str = "plain"
+    max_prompt_tokens: int | None = None
+    overlong: str = "refuse"
+    verifier: str = "exact"
+    verifier_workers: int = 2
+    verifier_timeout: float = 5.0
+    max_unscorable: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check(self.on_bad_row in ("refuse", "drop"), "data", "on_bad_row", self.on_bad_row, "refuse or drop")
+        try:
+            resolve_template(self.template)
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from None
+        ok = self.max_prompt_tokens is None or self.max_prompt_tokens >= 1
+        _check(ok, "data", "max_prompt_tokens", self.max_prompt_tokens, "at least 1, or null")
+        _check(self.overlong in ("drop", "refuse"), "data", "overlong", self.overlong, "drop or refuse")
+        _check(self.verifier in ("exact", "math"), "data", "verifier", self.verifier, "exact or math")
+        _check(self.verifier_workers >= 1, "data", "verifier_workers", self.verifier_workers, "at least 1")
+        ok = 0 < self.verifier_timeout < float("inf")
+        _check(ok, "data", "verifier_timeout", self.verifier_timeout, "above 0 seconds, and finite")
+        _check(0 <= self.max_unscorable <= 1, "data", "max_unscorable", self.max_unscorable, "a share in 0..1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControllerConfig:
+    """The rule that weighs prompts and allots rollouts.
+
+    Attributes:
+      name: one of `gdro_jax.controllers.names()`.
+      mean_rollouts: rollouts per prompt, exactly, on average over a step.
+      settings: passed to `gdro_jax.controllers.make`, which refuses what it does not know.
+    """
+
+    name: str = "uniform"
+    mean_rollouts: int = 4
+    settings: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.mean_rollouts >= 1, "controller", "mean_rollouts", self.mean_rollouts, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How training responses are sampled; the stop tokens are the model's own."""
+
+    max_new_tokens: int = 6
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    slots: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            SamplingConfig(**dataclasses.asdict(self))
+        except ValueError as error:
+            raise ValueError(f"sampling.{error}") from None
+
+    def build(self, stop_tokens: tuple[int, ...]) -> SamplingConfig:
+        """The sampler's own configuration."""
+        return SamplingConfig(**dataclasses.asdict(self), stop_tokens=stop_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The GRPO step. Names and defaults follow arXiv 2601.19280 unless the tiny demo policy needs its own.
+
+    Attributes:
+      prompts_per_step: P.
+      minibatches: optimiser updates per step; the step's rows are split evenly among them.
+      microbatches: pieces a minibatch is split into to save memory; the result does not depend on it.
+      learning_rate, warmup_steps, adam_b1, adam_b2, adam_eps, weight_decay, max_grad_norm: AdamW behind a clip of the
+        gradient's global norm.
+      kl_coef, kl_estimator: pull to the frozen initial policy; at 0 no reference is kept.
+      clip_low, clip_high, dual_clip: of the ratio (Eq. 5).
+      aggregate: `sequence`, `token` or `constant` length aggregation.
+      row_weighting: `prompt` (every prompt weighs the same) or `rollout` (every row does).
+      advantage_scale: `std` or `none`; advantage_baseline: `mean` or `leave_one_out`; advantage_clip: bound or None.
+    """
+
+    prompts_per_step: int = 64
+    minibatches: int = 1
+    microbatches: int = 1
+    learning_rate: float = 3e-4
+    warmup_steps: int = 5
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    kl_coef: float = 0.001
+    kl_estimator: str = "k3"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = None
+    aggregate: str = "sequence"
+    row_weighting: str = "prompt"
+    advantage_scale: str = "std"
+    advantage_baseline: str = "mean"
+    advantage_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("prompts_per_step", "minibatches", "microbatches"):
+            _check(getattr(self, field) >= 1, "train", field, getattr(self, field), "at least 1")
+        for field in ("learning_rate", "adam_eps"):
+            _check(0 < getattr(self, field) < float("inf"), "train", field, getattr(self, field), "above 0, and finite")
+        _check(self.max_grad_norm > 0, "train", "max_grad_norm", self.max_grad_norm, "above 0")
+        for field in ("warmup_steps", "weight_decay", "kl_coef", "clip_low", "clip_high"):
+            _check(
+                0 <= getattr(self, field) < float("inf"), "train", field, getattr(self, field), "0 or above, and finite"
+            )
+        _check(self.clip_low <= 1, "train", "clip_low", self.clip_low, "in 0..1")
+        for field in ("adam_b1", "adam_b2"):
+            _check(0 <= getattr(self, field) < 1, "train", field, getattr(self, field), "in [0, 1)")
+        choices = {
+            "kl_estimator": ("k1", "k2", "k3"),
+            "aggregate": ("sequence", "token", "constant"),
+            "row_weighting": ("prompt", "rollout"),
+            "advantage_scale": ("std", "none"),
+            "advantage_baseline": ("mean", "leave_one_out"),
+        }
+        for field, allowed in choices.items():
+            _check(getattr(self, field) in allowed, "train", field, getattr(self, field), " or ".join(allowed))
+        ok = self.dual_clip is None or self.dual_clip > 1
+        _check(ok, "train", "dual_clip", self.dual_clip, "above 1, or null for off")
+        ok = self.advantage_clip is None or self.advantage_clip > 0
+        _check(ok, "train", "advantage_clip", self.advantage_clip, "above 0, or null for off")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation along the way and at the end.
+
+    Attributes:
+      data: a JSON-lines file, `embedded` for the shipped held-out set, None for no evaluation.
+      every: steps between evaluations, None for the base and the end only.
+      samples: responses per problem; k: of pass@k, at most `samples`.
+      temperature, top_p, top_k: of evaluation sampling.
+      problems_per_stratum: use the first so many of each stratum along the way, None for all; the end uses all.
+    """
+
+    data: str | None = "embedded"
+    every: int | None = None
+    samples: int = 8
+    k: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    problems_per_stratum: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.samples >= 1, "eval", "samples", self.samples, "at least 1")
+        _check(1 <= self.k <= self.samples, "eval", "k", self.k, f"in 1..samples={self.samples}")
+        _check(self.every is None or self.every >= 1, "eval", "every", self.every, "at least 1, or null")
+        ok = self.problems_per_stratum is None or self.problems_per_stratum >= 1
+        _check(ok, "eval", "problems_per_stratum", self.problems_per_stratum, "at least 1, or null")
+        try:
+            SamplingConfig(max_new_tokens=1, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        except ValueError as error:
+            raise ValueError(f"eval.{error}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Several runs over the same prompts, budget and seeds; read by `gdro compare` alone.
+
+    Attributes:
+      output: the folder of all runs and their report.
+      seeds: one run of every method for each.
+      methods: label to what differs, as nested sections; `controller.name` is the label unless it is given.
+    """
+
+    output: str = "runs/compare"
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
+    methods: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ok = bool(self.seeds) and all(isinstance(s, int) for s in self.seeds)
+        _check(ok, "compare", "seeds", self.seeds, "a list of whole numbers")
+        _check(len(set(self.seeds)) == len(self.seeds), "compare", "seeds", self.seeds, "distinct")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run depends on.
+
+    Raises:
+      ValueError: fields that do not fit together.
+    """
+
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
+    sampling: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+
+    def __post_init__(self) -> None:
+        pieces = self.train.minibatches * self.train.microbatches
+        ok = self.rows_per_step % pieces == 0
+        allowed = f"such that minibatches * microbatches divides the step's {self.rows_per_step} rows"
+        _check(ok, "train", "minibatches", self.train.minibatches, allowed)
+        greedy = self.sampling.temperature == 0
+        _check(not greedy, "sampling", "temperature", self.sampling.temperature, "above 0 in training")
+        truncated = self.sampling.top_p < 1.0 or self.sampling.top_k > 0
+        allowed = "1.0, and top_k 0: training on truncated sampling biases the ratio"
+        _check(not truncated, "sampling", "top_p", self.sampling.top_p, allowed)
+
+    @property
+    def rows_per_step(self) -> int:
+        """R = P · n_bar."""
+        return self.train.prompts_per_step * self.controller.mean_rollouts

@@ -1,0 +1,127 @@
+"""Reads and writes configurations: YAML file, then `--section.field VALUE` overrides; anything unknown is an error."""
+
+import dataclasses
+import difflib
+import pathlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from gdro_jax.training.config import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; its text is one line that says what, where and what is allowed."""
+
+
+def load(file: str | pathlib.Path | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """The defaults, changed by a YAML file, changed by overrides.
+
+    Args:
+      file: YAML with the sections of `Config`, each optional.
+      overrides: pairs of a dotted field, such as `train.learning_rate`, and its value as YAML text.
+
+    Raises:
+      ConfigError: a missing or malformed file, an unknown section or field, a value of the wrong type or out of range.
+    """
+    raw = {} if file is None else _read(pathlib.Path(file))
+    for dotted, text in overrides:
+        _set(raw, dotted, text)
+    return from_dict(raw, where=str(file) if file is not None else "configuration")
+
+
+def from_dict(raw: Mapping[str, object], where: str = "configuration") -> Config:
+    """A validated `Config` from nested plain values; the errors of `load`."""
+    sections = {f.name: f.type for f in dataclasses.fields(Config)}
+    built: dict[str, typing.Any] = {}
+    for name, values in raw.items():
+        _known(name, sections, f"{where}: unknown section")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: section {name}: expected fields, got {values!r}")
+        built[name] = _section(sections[name], values, name, where)
+    try:
+        return Config(**built)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def to_dict(config: Config) -> dict[str, dict[str, object]]:
+    """Every field, defaults too, as nested plain values that `from_dict` reads back to an equal configuration."""
+    return dataclasses.asdict(config)
+
+
+def save(config: Config, file: pathlib.Path) -> None:
+    """Writes the whole configuration as YAML, whole or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    partial.replace(file)
+
+
+def _read(file: pathlib.Path) -> dict[str, dict[str, object]]:
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such configuration file")
+    try:
+        raw = yaml.safe_load(file.read_bytes()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected sections, got {type(raw).__name__}")
+    return raw
+
+
+def _set(raw: dict[str, dict[str, object]], dotted: str, text: str) -> None:
+    path = dotted.split(".")
+    if len(path) < 2 or not all(path):
+        raise ConfigError(f"--{dotted}: expected --section.field VALUE")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--{dotted} {text}: not valid YAML") from None
+    node: dict = raw
+    for name in path[:-1]:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--{dotted}: {name} is not a section")
+    node[path[-1]] = value
+
+
+def _section(kind: typing.Any, values: Mapping[str, object], section: str, where: str) -> object:
+    hints = typing.get_type_hints(kind)
+    checked = {}
+    for name, value in values.items():
+        _known(name, hints, f"{where}: unknown field in section {section}:")
+        checked[name] = _typed(value, hints[name], f"{where}: {section}.{name}")
+    try:
+        return kind(**checked)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _known(name: object, allowed: typing.Iterable[str], what: str) -> None:
+    names = list(allowed)
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+        raise ConfigError(f"{what} {name!r}; {hint}")
+
+
+def _typed(value: object, hint: typing.Any, where: str) -> object:
+    """The value if it is of the annotated type; whole numbers pass as floats, and so does text such as 1e-4."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in (o for o in options if o is not type(None)):
+        plain = typing.get_origin(option) or option
+        if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if plain is float and isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
+            return value
+    names = " or ".join("null" if o is type(None) else (typing.get_origin(o) or o).__name__ for o in options)
+    raise ConfigError(f"{where}={value!r}: expected {names}")

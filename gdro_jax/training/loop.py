@@ -1,0 +1,363 @@
+"""The training loop: plan, collect, score, update, record; nothing on the host but text, grades, logs and checkpoints.
+
+Randomness is stateless: a key is folded from (seed, purpose, step), a row's from its prompt and rank besides. So a run
+that is stopped and resumed goes on exactly as if it had not been.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gdro_jax import controllers, rewards
+from gdro_jax.data import prompts as prompt_data
+from gdro_jax.evaluation import run as evaluation
+from gdro_jax.evaluation import summarise
+from gdro_jax.models import hf
+from gdro_jax.sampling import Rollouts, Sampler, SamplingConfig
+from gdro_jax.training import batching, config_io, records, setup, step
+from gdro_jax.training.checkpoint import Checkpoints
+from gdro_jax.training.compiles import CompileCounter
+from gdro_jax.training.config import Config
+from gdro_jax.training.ledger import Ledger
+
+Record = dict[str, Any]
+_PLAN, _SAMPLE, _CUT, _EVAL, _INIT = range(5)  # purposes of random keys
+
+
+class UnscorableError(RuntimeError):
+    """Too many responses of a step could not be graded."""
+
+
+class Collected(NamedTuple):
+    """A step's plan and rollouts on the host, with the pieces the update will go through."""
+
+    plan: controllers.Plan
+    prompt_index: np.ndarray
+    rollouts: Rollouts
+    grades: rewards.Grades
+    pieces: batching.Pieces
+
+
+class State(NamedTuple):
+    """Everything a checkpoint holds in arrays."""
+
+    learner: step.Learner
+    rule: Any
+
+
+class Trainer:
+    """One run: its compiled functions, its state and its folder.
+
+    Args:
+      config: the run's configuration.
+      parts: what `setup.assemble` built from it.
+      verifier: grades responses; the caller closes it.
+      compiles: counts compilations.
+
+    Raises:
+      setup.InputError: the run's folder holds a run of another configuration.
+    """
+
+    def __init__(self, config: Config, parts: setup.Setup, verifier: rewards.Verifier, compiles: CompileCounter):
+        self.config, self.parts, self.verifier, self.compiles = config, parts, verifier, compiles
+        self.key = jax.random.key(config.run.seed)
+        self.folder = pathlib.Path(config.run.output)
+        self.reference = parts.policy.model if config.train.kl_coef > 0 else None
+        longest = config.data.max_prompt_tokens or parts.train.longest
+        self.tokens, self.mask = prompt_data.pad(parts.train.tokens, longest)
+        self.strata = np.array([p.stratum for p in parts.train.problems], dtype=object)
+        self._plan, self._update_rule = jax.jit(parts.rule.plan), jax.jit(parts.rule.update)
+        self._metrics, self._reweigh = jax.jit(parts.rule.metrics), jax.jit(parts.rule.reweigh)
+        self._sampler = Sampler(parts.policy.model, config.sampling.build(parts.policy.stop_tokens))
+        self._update = jax.jit(step.update, static_argnames=("config", "temperature"))
+        self._signal = jax.jit(step.surrogate_signal, static_argnames=("config", "temperature"))
+        self._evaluator = Evaluator(config, parts, verifier) if parts.heldout is not None else None
+        self.ledger, self.step = Ledger(), 0
+        opt_state = step.make_optimiser(config.train).init(parts.policy.model)
+        rule_state = parts.rule.init(self._fold(_INIT))
+        self.state = State(step.Learner(parts.policy.model, opt_state), rule_state)
+        _claim(self.folder, config)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.run.keep_checkpoints)
+        resumed = self._resume()
+        self.log = records.MetricsFile(self.folder / "metrics.jsonl", self.step if resumed else -1)
+
+    def run(self, on_record: Callable[[Record], None], stop: Callable[[], bool] = lambda: False) -> bool:
+        """Trains to the last step; True when done, False when `stop` asked for an end (a checkpoint is then saved)."""
+        if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps:
+            on_record(self._write({"step": 0} | self._evaluate(final=False)))
+        while self.step < self.config.run.steps and not stop():
+            record = self.one_step()
+            on_record(self._write(record))
+            every = self.config.run.checkpoint_every
+            if every is not None and self.step % every == 0:
+                self.save()
+        self.save()
+        done = self.step >= self.config.run.steps
+        if done and self.config.run.save_model:
+            self._save_model()
+        return done
+
+    def one_step(self) -> Record:
+        """Plans, samples, grades, updates policy and controllers; returns the step's log record."""
+        clock = Clock()
+        compiled = self.compiles.seconds
+        self.step += 1
+        collected, result, rule_state, outcome = self._learn(self._collect(clock), clock)
+        record = self._record(collected, result, rule_state, outcome)
+        self.state = State(result.learner, rule_state)
+        self._count(collected, clock, self.compiles.seconds - compiled)
+        record |= {"seconds": clock.spent | {"total": clock.total}, "compiles": self.compiles.count}
+        every, last = self.config.eval.every, self.step == self.config.run.steps
+        if self._evaluator is not None and (last or (every is not None and self.step % every == 0)):
+            record |= self._evaluate(final=last)
+        return record
+
+    def save(self) -> None:
+        """Checkpoints everything under the present step."""
+        self.checkpoints.save(self.step, self.state, dataclasses.asdict(self.ledger))
+
+    def _save_model(self) -> None:
+        folder = setup.model_folder(self.config.model.path)
+        tokenizer = folder if self.config.model.tokenizer is None else pathlib.Path(self.config.model.tokenizer)
+        hf.save(self.state.learner.model, self.folder / "model", tokenizer_from=tokenizer)
+        file = self.folder / "model" / hf.GENERATION_FILE  # the tokenizer's folder need not say where responses stop
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        content["eos_token_id"] = list(self.parts.policy.stop_tokens)
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Closes files; safe after an error."""
+        self.log.close()
+        self.checkpoints.close()
+
+    def _fold(self, purpose: int, number: int = 0) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(self.key, purpose), number)
+
+    def _collect(self, clock: "Clock") -> Collected:
+        run, size = self.config.run, self.config.train.prompts_per_step
+        ids = prompt_data.order(run.seed, self.ledger.prompts, len(self.parts.train.problems), size)
+        plan, rule_state = self._plan(self.state.rule, ids, self._fold(_PLAN, self.step))
+        self.state = self.state._replace(rule=rule_state)
+        plan = jax.device_get(plan)
+        index = batching.flat_index(plan.rollouts)
+        pieces = self.config.train.minibatches * self.config.train.microbatches
+        cut = batching.cut(plan.rollouts, pieces, np.random.default_rng((run.seed, _CUT, self.step)))
+        clock.lap("plan")
+        ids = plan.prompt_ids
+        self._sampler.update(self.state.learner.model)
+        key = self._fold(_SAMPLE, self.step)
+        out = jax.device_get(self._sampler.rows(self.tokens[ids], self.mask[ids], index, ids[index], key))
+        clock.lap("sample")
+        said = evaluation.texts(out, self.parts.policy.tokenizer, self.parts.policy.stop_tokens)
+        answers = [self.parts.train.problems[plan.prompt_ids[i]].answer for i in index]
+        grades = self.verifier.grade(said, answers)
+        clock.lap("verify")
+        unscorable = 1.0 - grades.scorable.mean()
+        if unscorable > self.config.data.max_unscorable:
+            reason = next(iter(grades.reasons.values()), "no reason given")
+            raise UnscorableError(
+                f"step {self.step}: {unscorable:.0%} of the responses could not be graded, "
+                f"more than data.max_unscorable={self.config.data.max_unscorable}; the first because: {reason}"
+            )
+        return Collected(plan, index, out, grades, cut)
+
+    def _learn(
+        self, collected: Collected, clock: "Clock"
+    ) -> tuple[Collected, step.StepResult, Any, controllers.Outcome]:
+        """Updates policy and controllers; the plan returned holds the weights that were used."""
+        plan, grades = collected.plan, collected.grades
+        outcome = _outcome(collected, len(plan.prompt_ids))
+        batch = step.Batch(
+            prompts=self.tokens[plan.prompt_ids],
+            prompt_mask=self.mask[plan.prompt_ids],
+            weights=plan.weights,
+            prompt_index=collected.prompt_index,
+            tokens=collected.rollouts.tokens,
+            mask=collected.rollouts.mask,
+            logprobs=collected.rollouts.logprobs,
+            rewards=grades.scores,
+            scorable=grades.scorable,
+            pieces=collected.pieces,
+        )
+        fixed = (self.reference, batch, self.config.train, self.config.sampling.temperature)
+        if self.config.controller.settings.get("use_current_batch"):
+            seen = outcome._replace(signal=np.asarray(self._signal(self.state.learner.model, *fixed)))
+            weights = jax.device_get(self._reweigh(self._update_rule(self.state.rule, plan, seen), plan))
+            fixed = (fixed[0], batch._replace(weights=weights), *fixed[2:])
+            collected = collected._replace(plan=plan._replace(weights=weights))
+        result = self._update(self.state.learner, *fixed)
+        outcome = outcome._replace(signal=np.asarray(result.signal))
+        rule_state = jax.block_until_ready(self._update_rule(self.state.rule, plan, outcome))
+        clock.lap("update")
+        return collected, result, rule_state, outcome
+
+    def _record(
+        self, collected: Collected, result: step.StepResult, rule_state: Any, outcome: controllers.Outcome
+    ) -> Record:
+        plan, out, grades = collected.plan, collected.rollouts, collected.grades
+        extra = {k: np.asarray(v) for k, v in self._metrics(rule_state, plan).items()}
+        num_bins = len(extra["share"])
+        scored = np.asarray(outcome.num_rollouts)
+        reward = np.where(scored > 0, np.asarray(outcome.num_correct) / np.maximum(scored, 1), np.nan)
+        variance = np.asarray(outcome.reward_variance)
+        weights, rollouts = np.asarray(plan.weights), np.asarray(plan.rollouts, float)
+        bins = records.bin_record(np.asarray(plan.bins), weights, rollouts, reward, variance, num_bins)
+        strata = self.strata[plan.prompt_ids].tolist()
+        metrics = {name: float(value) for name, value in result.metrics.items()}
+        updates = self.step * self.config.train.minibatches
+        return {
+            "step": self.step,
+            "reward": float(grades.scores[grades.scorable].mean()) if grades.scorable.any() else None,
+            **metrics,
+            "learning_rate": float(step.learning_rate(self.config.train)(updates - 1)),
+            "response_length": float(out.mask.sum(1).mean()),
+            "unscorable": float(1.0 - grades.scorable.mean()),
+            "clipped_length": float(1.0 - out.finished.mean()),
+            "bins": bins,
+            "controller": extra,
+            "strata": {
+                "share": {name: strata.count(name) / len(strata) for name in sorted(set(strata))},
+                "reward": records.by_stratum(reward, strata),
+                "rollouts": records.by_stratum(rollouts, strata),
+            },
+            **records.diagnostic_record(bins, self.config.controller.mean_rollouts),
+        }
+
+    def _count(self, collected: Collected, clock: "Clock", compiling: float) -> None:
+        mask = np.asarray(collected.rollouts.mask)
+        self.ledger.rollouts += mask.shape[0]
+        self.ledger.tokens += int(mask.sum())
+        self.ledger.scored += int(collected.grades.scorable.sum())
+        self.ledger.slot_steps += self._sampler.slot_steps(mask)
+        self.ledger.prompts += len(collected.plan.prompt_ids)
+        clock.lap("record")
+        self.ledger.seconds += clock.total - compiling
+        self.ledger.compile_seconds += compiling
+
+    def _evaluate(self, final: bool) -> Record:
+        assert self._evaluator is not None
+        begun = time.perf_counter()
+        summaries, rollouts = self._evaluator(self.state.learner.model, self._fold(_EVAL), final)
+        self.ledger.eval_rollouts += rollouts
+        self.ledger.eval_seconds += time.perf_counter() - begun
+        return summaries
+
+    def _write(self, record: Record) -> Record:
+        record["ledger"] = dataclasses.asdict(self.ledger)
+        self.log.write(record)
+        return record
+
+    def _resume(self) -> bool:
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return False
+        self.state, counters = self.checkpoints.restore(latest, self.state)
+        self.ledger, self.step = Ledger(**counters), latest
+        return True
+
+
+class Evaluator:
+    """Evaluates a policy on the held-out problems, every time with the same keys: differences are paired."""
+
+    def __init__(self, config: Config, parts: setup.Setup, verifier: rewards.Verifier):
+        assert parts.heldout is not None
+        self._config, self._parts, self._verifier = config, parts, verifier
+        self._all = parts.heldout
+        self._some = prompt_data.first_per_stratum(parts.heldout, config.eval.problems_per_stratum)
+        sampling = SamplingConfig(
+            max_new_tokens=config.sampling.max_new_tokens,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            top_k=config.eval.top_k,
+            stop_tokens=parts.policy.stop_tokens,
+            slots=config.sampling.slots,
+        )
+        self._sampler = Sampler(parts.policy.model, sampling)
+
+    def __call__(self, model: Any, key: jax.Array, final: bool) -> tuple[Record, int]:
+        """Summaries and the number of responses they took.
+
+        `eval` covers all problems at the end and the first of each stratum along the way; at the end `eval_part` is
+        the summary of the latter too (of the same responses), so that curves compare like with like.
+        """
+        prompts, samples = (self._all if final else self._some), self._config.eval.samples
+        self._sampler.update(model)
+        batches = evaluation.responses(
+            self._sampler,
+            prompts,
+            self._parts.policy.tokenizer,
+            self._verifier,
+            key,
+            samples,
+            self._config.data.max_prompt_tokens or self._all.longest,
+        )
+        counts = evaluation.count(batches, len(self._all.problems))
+        summaries = {
+            "eval": self._summary(counts, prompts, final) | {"tokens": counts.tokens, "clipped": counts.clipped}
+        }
+        if final and self._some is not self._all:
+            summaries["eval_part"] = self._summary(counts, self._some, intervals=False)
+        return summaries, len(prompts.problems) * samples
+
+    def _summary(self, counts: evaluation.Counts, prompts: prompt_data.Prompts, intervals: bool) -> Record:
+        ids = [p.id for p in prompts.problems]
+        strata = [p.stratum for p in prompts.problems]
+        k = self._config.eval.k
+        return dict(summarise(counts.correct[ids], counts.scorable[ids], strata, k, intervals=intervals))
+
+
+class Clock:
+    """Wall-clock seconds of a step's phases."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._begun = self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Books the time since the last lap under `phase`."""
+        now = time.perf_counter()
+        self.spent[phase] = self.spent.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds from the start to the last lap."""
+        return self._last - self._begun
+
+
+def _outcome(collected: Collected, num_prompts: int) -> controllers.Outcome:
+    """Counts per prompt; the variance is the unbiased one of 0/1 rewards, NaN below two scored rollouts."""
+    index, scorable = collected.prompt_index, collected.grades.scorable
+    scored = np.bincount(index[scorable], minlength=num_prompts)
+    failed = np.bincount(index[~scorable], minlength=num_prompts)
+    right = np.bincount(index[scorable], weights=collected.grades.scores[scorable], minlength=num_prompts)
+    rate = right / np.maximum(scored, 1)
+    variance = np.where(scored > 1, rate * (1 - rate) * scored / np.maximum(scored - 1, 1), np.nan)
+    return controllers.Outcome(
+        num_correct=right.astype(np.int32),
+        num_rollouts=scored.astype(np.int32),
+        num_unscorable=failed.astype(np.int32),
+        signal=np.zeros(num_prompts, np.float32),
+        reward_variance=variance.astype(np.float32),
+    )
+
+
+def _claim(folder: pathlib.Path, config: Config) -> None:
+    """Makes the run's folder, or checks that the run in it is this one (its length and logging may differ)."""
+    file = folder / "config.yaml"
+    if file.exists():
+        found = config_io.load(file)
+        same = dataclasses.replace(found, run=config.run, compare=config.compare) == config
+        if not same or found.run.seed != config.run.seed:
+            raise setup.InputError(
+                f"run.output={config.run.output!r}: holds a run of another configuration; "
+                "choose another folder, or give the same settings to resume it"
+            )
+    setup.claim_folder(str(folder), "run.output")
+    config_io.save(config, file)

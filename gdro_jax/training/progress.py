@@ -1,0 +1,74 @@
+"""Live progress of a run: one line that redraws itself on a terminal, a line every few steps elsewhere."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+class Progress:
+    """Prints records as they come.
+
+    Args:
+      label: of the run.
+      steps: of the whole run; done: already made before (a resumed run).
+      every: steps between lines where the stream is not a terminal.
+      stream: standard error by default.
+    """
+
+    def __init__(self, label: str, steps: int, done: int, every: int, stream: TextIO | None = None):
+        self.label, self.steps, self.done, self.every = label, steps, done, every
+        self.stream = stream or sys.stderr
+        self.begun = time.perf_counter()
+        self.live = self.stream.isatty()
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Shows one record."""
+        step = record["step"]
+        if "reward" in record and (self.live or step % self.every == 0 or step == self.steps):
+            self._show(self._line(record), stay=not self.live or step == self.steps)
+        if "eval" in record:
+            self._show(f"{self.label}  step {step:>4}/{self.steps}  {_evaluation(record['eval'])}", stay=True)
+
+    def _line(self, record: Mapping[str, Any]) -> str:
+        step, bins = record["step"], record["bins"]
+        left = (time.perf_counter() - self.begun) / max(step - self.done, 1) * (self.steps - step)
+        reward = record["reward"]
+        parts = [
+            f"{self.label}  step {step:>4}/{self.steps}",
+            f"reward {reward:.3f}" if reward is not None else "reward  -",
+            f"bins (hard to easy) {sparkline(bins['share'])}",
+            f"weights {sparkline(bins['weight'])}",
+            f"rollouts {' '.join('-' if math.isnan(n) else f'{n:.1f}' for n in bins['rollouts'])}",
+            f"{record['ledger']['tokens']:,} tokens",
+            f"{_clock(left)} left",
+        ]
+        return "  ".join(parts)
+
+    def _show(self, text: str, stay: bool) -> None:
+        self.stream.write(("\r\x1b[2K" if self.live else "") + text + ("\n" if stay else ""))
+        self.stream.flush()
+
+
+def sparkline(values: Any) -> str:
+    """One block character per value, scaled to the largest; a dot for what is not a number."""
+    known = [v for v in values if not math.isnan(v)]
+    top = max(known, default=0.0)
+    return "".join("·" if math.isnan(v) else _BARS[round(8 * v / top) if top > 0 else 0] for v in values)
+
+
+def _evaluation(summary: Mapping[str, Any]) -> str:
+    overall, worst = summary["overall"], summary["worst"]
+    passed = "-" if overall["pass"] is None else f"{overall['pass']:.3f}"
+    return (
+        f"held out: mean@1 {overall['mean']:.3f}  pass@{summary['k']} {passed}  "
+        f"worst stratum {worst['stratum']} {worst['mean']:.3f}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

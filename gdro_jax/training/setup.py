@@ -1,0 +1,164 @@
+"""Builds what a run works on from its configuration; every input problem is found here, before anything is trained."""
+
+import importlib.resources
+import pathlib
+from typing import NamedTuple
+
+import jax
+import transformers
+
+from gdro_jax import controllers, rewards
+from gdro_jax.data import procedural, prompts, sources
+from gdro_jax.models import hf, qwen3
+from gdro_jax.training.config import Config, ModelConfig
+
+
+class InputError(ValueError):
+    """Input that cannot be used; its text is one line that says what, where, which value and what is allowed."""
+
+
+class Policy(NamedTuple):
+    """A model with its tokenizer and the ids that end a response."""
+
+    model: qwen3.Qwen3
+    tokenizer: transformers.PreTrainedTokenizerBase
+    stop_tokens: tuple[int, ...]
+
+
+class Setup(NamedTuple):
+    """A run's parts; `heldout` is None where there is no evaluation, `notes` say what was left out of the data."""
+
+    policy: Policy
+    train: prompts.Prompts
+    heldout: prompts.Prompts | None
+    rule: controllers.Rule
+    notes: tuple[str, ...]
+
+
+def model_folder(path: str) -> pathlib.Path:
+    """The folder of a model; `embedded` is the base that ships with the package."""
+    if path == "embedded":
+        return pathlib.Path(str(importlib.resources.files("gdro_jax") / "embedded" / "base"))
+    return pathlib.Path(path)
+
+
+def load_policy(config: ModelConfig) -> Policy:
+    """Model, tokenizer and stop tokens.
+
+    Raises:
+      InputError: a missing folder or file, or one that does not fit.
+    """
+    folder = model_folder(config.path)
+    if not folder.is_dir():
+        raise InputError(f"model.path={config.path!r}: no such folder; expected config.json and *.safetensors in it")
+    tokens_at = folder if config.tokenizer is None else pathlib.Path(config.tokenizer)
+    if not (tokens_at / "tokenizer.json").is_file():
+        raise InputError(f"model.tokenizer: {tokens_at} holds no tokenizer.json")
+    if config.random_init is None:
+        model = hf.load(folder, dtype=config.dtype)
+    else:
+        key = jax.random.key(config.random_init)
+        try:
+            architecture = qwen3.Qwen3Config.from_hf(folder)
+        except (ValueError, FileNotFoundError) as error:
+            raise InputError(f"model.path={config.path!r}: {error}") from None
+        model = qwen3.init(architecture, key, config.dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_at)
+    stops = prompts.stop_tokens(folder, tokenizer)
+    vocab = model.config.vocab_size
+    if len(tokenizer) > vocab:
+        raise InputError(f"model.tokenizer: {tokens_at} has {len(tokenizer)} tokens, the model's vocabulary is {vocab}")
+    outside = [t for t in stops if t >= vocab]
+    if outside:
+        raise InputError(f"model.path={config.path!r}: stop tokens {outside} are outside the vocabulary of {vocab}")
+    return Policy(model, tokenizer, stops)
+
+
+def load_problems(path: str, split: str, config: Config) -> sources.Source:
+    """Problems of a JSON-lines file, or the shipped `split` for `embedded`.
+
+    Raises:
+      DataError: with one clear line.
+    """
+    if path == "embedded":
+        return sources.Source(procedural.embedded(split), ())
+    return sources.load(
+        path,
+        prompt_column=config.data.prompt_column,
+        answer_column=config.data.answer_column,
+        stratum_column=config.data.stratum_column,
+        on_bad_row=config.data.on_bad_row,
+    )
+
+
+def load_prompts(path: str, split: str, tokenizer, config: Config) -> tuple[prompts.Prompts, list[str]]:
+    """Problems as token ids, and a line for everything that was left out, as the configuration allows.
+
+    Raises:
+      DataError: with one clear line.
+    """
+    source = load_problems(path, split, config)
+    ready = prompts.prepare(
+        source.problems,
+        tokenizer,
+        template=config.data.template,
+        max_tokens=config.data.max_prompt_tokens,
+        on_overlong=config.data.overlong,
+    )
+    notes = [f"{path}, line {row.line}: dropped, {row.reason}" for row in source.dropped]
+    if ready.dropped:
+        notes.append(f"{path}: {len(ready.dropped)} of {len(source.problems)} prompts dropped as too long")
+    return ready, notes
+
+
+def assemble(config: Config, policy: Policy | None = None) -> Setup:
+    """Loads and checks everything a run needs.
+
+    Args:
+      config: the run's configuration.
+      policy: what `load_policy(config.model)` gave before, to hold one copy for several runs; None loads it.
+
+    Raises:
+      InputError, DataError, CheckpointError: with one clear line.
+    """
+    policy = load_policy(config.model) if policy is None else policy
+    train, notes = load_prompts(config.data.train, "train", policy.tokenizer, config)
+    heldout = None
+    if config.eval.data is not None:
+        heldout, more = load_prompts(config.eval.data, "heldout", policy.tokenizer, config)
+        notes += more
+    if config.train.prompts_per_step > len(train.problems):
+        raise InputError(
+            f"train.prompts_per_step={config.train.prompts_per_step}: only {len(train.problems)} problems are usable"
+        )
+    try:
+        rule = controllers.make(
+            config.controller.name,
+            num_prompts=len(train.problems),
+            prompts_per_step=config.train.prompts_per_step,
+            mean_rollouts=config.controller.mean_rollouts,
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in config.controller.settings.items()},
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(f"controller: {error}") from None
+    return Setup(policy, train, heldout, rule, tuple(notes))
+
+
+def claim_folder(path: str, field: str) -> pathlib.Path:
+    """Makes a folder to write to.
+
+    Raises:
+      InputError: it cannot be made, or something else is there.
+    """
+    folder = pathlib.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{field}={path!r}: cannot be made a folder ({error.strerror})") from None
+    return folder
+
+
+def verifier(config: Config) -> rewards.Verifier:
+    """The run's verifier, to be closed after use."""
+    data = config.data
+    return rewards.make(data.verifier, workers=data.verifier_workers, timeout=data.verifier_timeout)

@@ -1,0 +1,47 @@
+# ruff: noqa: E402
+"""Eight host devices on the CPU for every test, and the small model folder that several rooms share."""
+
+import os
+
+# Tests are made of many small programs: compiling them takes most of the time, and halves without optimisation.
+for flag, value in (("--xla_force_host_platform_device_count", 8), ("--xla_backend_optimization_level", 0)):
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import importlib.resources
+import pathlib
+
+import jax
+import pytest
+
+from gdro_jax.models import hf, qwen3
+
+EMBEDDED = pathlib.Path(str(importlib.resources.files("gdro_jax") / "embedded" / "base"))
+TINY = qwen3.Qwen3Config(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    rope_theta=10_000.0,
+    max_positions=128,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> qwen3.Qwen3:
+    """A random policy whose next-token distributions are far from uniform."""
+    arrays = qwen3.init(TINY, jax.random.key(7)).arrays()
+    return qwen3.Qwen3(TINY, {name: x if "norm" in name else x * 12.0 for name, x in arrays.items()})
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: qwen3.Qwen3) -> pathlib.Path:
+    """The same policy as a Hugging Face folder with the tokenizer that ships with the package."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    hf.save(tiny_model, folder, tokenizer_from=EMBEDDED)
+    return folder

@@ -1,0 +1,70 @@
+"""The configuration and the one description of the parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import BASE, CASES, config, make_model
+
+from gdro_jax.models import qwen3
+
+SMALL = {"num_layers": 28, "num_heads": 16, "num_kv_heads": 8, "tie_embeddings": True}
+PUBLISHED = {  # width, MLP width, rest, parameters (the published files count a tied head once)
+    "0.6B": (1024, 3072, SMALL, 596_049_920),
+    "1.7B": (2048, 6144, SMALL, 1_720_574_976),
+    "4B": (2560, 9728, SMALL | {"num_layers": 36, "num_heads": 32}, 4_022_468_096),
+    "8B": (4096, 12288, SMALL | {"num_layers": 36, "num_heads": 32, "tie_embeddings": False}, 8_190_735_360),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes(size: str) -> None:
+    width, mlp, rest, count = PUBLISHED[size]
+    cfg = config(vocab_size=151_936, hidden_size=width, intermediate_size=mlp, head_dim=128, **rest)
+    assert qwen3.num_params(cfg) == count
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_num_params_counts_the_arrays(name: str) -> None:
+    model = jax.eval_shape(lambda: qwen3.init(CASES[name], jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == qwen3.num_params(CASES[name])
+
+
+def test_init_is_normal_and_stateless() -> None:
+    init = jax.jit(qwen3.init, static_argnums=(0, 2))
+    model, again = (init(cfg, jax.random.key(0), "float32") for cfg in (BASE, config()))
+    for name, array in model.arrays().items():
+        np.testing.assert_array_equal(array, again.arrays()[name])
+        if name.endswith("norm"):
+            assert (array == 1).all()
+        else:
+            assert 0.015 < float(array.std()) < 0.025, name
+    assert float(jnp.abs(model.gate_proj[...] - model.up_proj[...]).max()) > 0  # keys differ
+    assert (init(config(attention_bias=True), jax.random.key(0), "bfloat16").q_bias[...] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab_size", 0),
+        ("num_layers", -1),
+        ("hidden_size", 32.0),
+        ("max_positions", True),
+        ("num_kv_heads", 3),
+        ("head_dim", 7),
+        ("rms_norm_eps", 0.0),
+        ("rope_theta", float("nan")),
+        ("tie_embeddings", 1),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match="num_kv_heads=3|" + field + "=" + str(value)):
+        config(**{field: value})
+
+
+def test_wrong_arrays_are_refused() -> None:
+    arrays = make_model(BASE).arrays()
+    with pytest.raises(ValueError, match="final_norm"):
+        qwen3.Qwen3(BASE, {name: array for name, array in arrays.items() if name != "final_norm"})
+    with pytest.raises(ValueError, match=r"embed: shape \(2, 2\)"):
+        qwen3.Qwen3(BASE, arrays | {"embed": jnp.zeros((2, 2))})
