@@ -27,7 +27,7 @@ def test_it_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch, tmp_path: p
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     printed = _printed(notebook)
     assert _figures(notebook) == 3
     assert "rollouts spent per step: [384.] of 384" in printed  # the budget, exactly, at every step

@@ -25,16 +25,15 @@ def _add(rng: random.Random, level: int) -> tuple[str, int]:
 
 
 def _mod(rng: random.Random, level: int) -> tuple[str, int]:
-    """Remainder by a one-digit number of a number below 100 (level 1) or from 100 to 299 (level 2)."""
-    a, m = rng.randrange(10, 100) if level == 1 else rng.randrange(100, 300), rng.randrange(2, 10)
+    """Remainder of a three-digit number by 2 or 5 (level 1: the last digit decides) or by 3, 4 or 9 (level 2)."""
+    a, m = rng.randrange(100, 1000), rng.choice((2, 5) if level == 1 else (3, 4, 9))
     return f"{a}%{m}=", a % m
 
 
-def _base(rng: random.Random, level: int) -> tuple[str, int]:
-    """A number below 100 (level 1) or from 100 to 242 (level 2), written in base 3 to 9, to decimal."""
-    base = rng.randrange(3, 10)
-    n = rng.randrange(9, 100) if level == 1 else rng.randrange(100, 243)
-    return f"{_in_base(n, base)}_{base}=", n
+def _sort(rng: random.Random, level: int) -> tuple[str, int]:
+    """The digits 1 to 9 of a number in ascending order: three (level 1) or five (level 2)."""
+    digits = [rng.choice(_DIGITS[1:]) for _ in range(3 if level == 1 else 5)]
+    return f"sort{''.join(digits)}=", int("".join(sorted(digits)))
 
 
 def _linear(rng: random.Random, level: int) -> tuple[str, int]:
@@ -45,17 +44,15 @@ def _linear(rng: random.Random, level: int) -> tuple[str, int]:
 
 
 def _chain(rng: random.Random, level: int) -> tuple[str, int]:
-    """Chained operations with the usual precedence: level + 2 one-digit terms, products from level 2 on."""
-    text, operators = str(rng.randrange(1, 10)), "+-" if level == 1 else "+-*"
-    for _ in range(level + 1):
-        text += rng.choice(operators) + str(rng.randrange(1, 10))
-    return text + "=", _evaluate(text)
+    """Level + 2 one-digit terms, each added or taken away."""
+    terms = [rng.randrange(1, 10) * rng.choice((1, -1)) for _ in range(level + 2)]
+    return f"{abs(terms[0])}" + "".join(f"{t:+d}" for t in terms[1:]) + "=", abs(terms[0]) + sum(terms[1:])
 
 
 FAMILIES: dict[str, tuple[Callable[[random.Random, int], tuple[str, int]], int]] = {
     "add": (_add, 3),
     "mod": (_mod, 2),
-    "base": (_base, 2),
+    "sort": (_sort, 2),
     "linear": (_linear, 2),
     "chain": (_chain, 3),
 }
@@ -131,22 +128,3 @@ def _distinct(stratum: str, rng: random.Random) -> Iterator[tuple[str, str]]:
         seen.add(prompt)
         yield prompt, answer
     raise ValueError(f"stratum {stratum}: only {len(seen)} distinct problems exist, more were asked for")
-
-
-def _in_base(n: int, base: int) -> str:
-    digits = ""
-    while n:
-        n, digit = divmod(n, base)
-        digits = _DIGITS[digit] + digits
-    return digits or "0"
-
-
-def _evaluate(text: str) -> int:
-    """Value of one-digit terms joined by +, - and *, products first."""
-    total, term, sign = 0, int(text[0]), 1
-    for operator, digit in zip(text[1::2], text[2::2], strict=True):
-        if operator == "*":
-            term *= int(digit)
-        else:
-            total, term, sign = total + sign * term, int(digit), 1 if operator == "+" else -1
-    return total + sign * term

@@ -21,7 +21,7 @@ def load(file: str | pathlib.Path | None = None, overrides: Sequence[tuple[str, 
 
     Args:
       file: YAML with the sections of `Config`, each optional.
-      overrides: pairs of a dotted field, such as `train.learning_rate`, and its value as YAML text.
+      overrides: pairs of a dotted field, such as `train.learning_rate`, and its value, YAML except for text fields.
 
     Raises:
       ConfigError: a missing or malformed file, an unknown section or field, a value of the wrong type or out of range.
@@ -75,16 +75,26 @@ def _set(raw: dict[str, dict[str, object]], dotted: str, text: str) -> None:
     path = dotted.split(".")
     if len(path) < 2 or not all(path):
         raise ConfigError(f"--{dotted}: expected --section.field VALUE")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--{dotted} {text}: not valid YAML") from None
     node: dict = raw
     for name in path[:-1]:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
             raise ConfigError(f"--{dotted}: {name} is not a section")
-    node[path[-1]] = value
+    node[path[-1]] = text if _takes_text(path, text) else _parsed(dotted, text)
+
+
+def _takes_text(path: Sequence[str], text: str) -> bool:
+    """Whether the field takes text, which then stands for itself, braces and colons too; `null` is none."""
+    section = next((f.type for f in dataclasses.fields(Config) if f.name == path[0]), None)
+    hint = typing.get_type_hints(section).get(path[1]) if section is not None and len(path) == 2 else None
+    return hint is str or (hint == str | None and text != "null")
+
+
+def _parsed(dotted: str, text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--{dotted} {text}: not valid YAML") from None
 
 
 def _section(kind: typing.Any, values: Mapping[str, object], section: str, where: str) -> object:

@@ -8,6 +8,7 @@ Letters: P prompts, R rows, T response tokens, L prompt tokens, M minibatches, A
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +152,9 @@ def surrogate_signal(
 def _rows(batch: Batch, config: TrainConfig) -> dict[str, Array]:
     """What the loss needs of each row, [R, ...]; made for the whole step, so that no cut of it matters."""
     num_prompts = batch.prompts.shape[0]
+    chex.assert_equal_shape([batch.tokens, batch.mask, batch.logprobs])
+    chex.assert_equal_shape([batch.rewards, batch.scorable, batch.prompt_index])
+    chex.assert_shape(batch.weights, (num_prompts,))
     advantages = grpo.group_advantages(
         batch.rewards,
         batch.prompt_index,

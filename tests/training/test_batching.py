@@ -32,26 +32,25 @@ def test_laws(case):
         needed = np.unique(index[rows])
         assert set(needed) <= set(prompts.tolist())
         rest = prompts[len(needed) :]
-        assert (rest == 0).all()  # nothing but filling
+        assert pieces == 1 or (rest == 0).all()  # nothing but filling
     places = {}
     for place, owner in enumerate(index[cut.rows].reshape(-1).tolist()):
         places.setdefault(owner, []).append(place)
     assert all(p == list(range(p[0], p[0] + len(p))) for p in places.values())  # a prompt's rows stay together
 
 
-@given(st.integers(1, 6), st.integers(1, 60), st.integers(1, 8), st.data())
+@given(st.integers(1, 6), st.integers(1, 60), st.integers(1, 8), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=200)
-def test_prompts_of_a_piece_are_bounded(mean, prompts, pieces, data):
+def test_prompts_of_a_piece_are_bounded(mean, prompts, pieces, seed):
     """Counts up to three times their mean, as every shipped rule gives, meet the bound: one compiled shape."""
+    rng = np.random.default_rng(seed)
     counts = np.full(prompts, mean)
-    for _ in range(data.draw(st.integers(0, 100))):  # move single rollouts within 1..3 mean
-        a, b = data.draw(st.integers(0, prompts - 1)), data.draw(st.integers(0, prompts - 1))
-        if counts[a] > 1 and counts[b] < 3 * mean:
+    for a, b in rng.integers(0, prompts, (4 * prompts, 2)):  # move single rollouts
+        if a != b and counts[a] > 1 and counts[b] < 3 * mean:
             counts[a], counts[b] = counts[a] - 1, counts[b] + 1
     total = mean * prompts
-    if total % pieces:
-        pieces = 1
-    cut = batching.cut(counts, pieces, np.random.default_rng(0))
+    pieces = pieces if total % pieces == 0 else 1
+    cut = batching.cut(counts, pieces, rng)
     assert cut.prompts.shape[1] == batching.prompts_per_piece(prompts, total, pieces)
 
 

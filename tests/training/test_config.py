@@ -39,6 +39,7 @@ def test_round_trip_of_a_changed_configuration(tmp_path):
     ]
     config = config_io.load(None, overrides)
     assert config.controller.settings == {"edges": [0.1, 0.5], "prompt_ema": 0.3}
+    assert config.run.output == "runs/näme: x" and config.data.template == "Q: {problem}\\nA: {x}"  # text as it is
     assert config.train.dual_clip == 3.0 and isinstance(config.train.dual_clip, float)
     assert config.compare.methods == {"uniform": {"train": {"kl_coef": 0.0}}}
     config_io.save(config, tmp_path / "c.yaml")
@@ -189,13 +190,18 @@ def test_files_that_cannot_be_read(tmp_path):
         (("train", "1"), "expected --section.field VALUE"),
         (("train.", "1"), "expected --section.field VALUE"),
         (("train.learning_rate", "[1"), "not valid YAML"),
-        (("train.learning_rate.x", "1"), "learning_rate"),
+        (("train.learning_rate.x", "1"), "train.learning_rate=.*expected float"),
         (("trian.learning_rate", "1"), "did you mean 'train'"),
     ],
 )
 def test_bad_overrides(override, words):
     with pytest.raises(ConfigError, match=words):
         config_io.load(None, [override])
+
+
+def test_null_is_off_and_text_is_text():
+    config = config_io.load(None, [("model.tokenizer", "null"), ("model.path", "12"), ("eval.data", "null")])
+    assert config.model.tokenizer is None and config.eval.data is None and config.model.path == "12"
 
 
 def test_configurations_are_frozen():

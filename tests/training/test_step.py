@@ -1,0 +1,324 @@
+"""The compiled step against a naive one written from full-sequence logits, and the laws it has to keep."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gdro_jax.models import qwen3
+from gdro_jax.training import step
+from gdro_jax.training.config import TrainConfig
+
+# The parameters' change is the gradient itself: a rate of 1, no momentum, and an epsilon that hides the second moment.
+PLAIN = TrainConfig(
+    learning_rate=1.0, warmup_steps=0, adam_b1=0.0, adam_b2=0.0, adam_eps=1e3, max_grad_norm=1e9, kl_coef=0.1
+)
+compiled = jax.jit(step.update, static_argnames=("config", "temperature"))
+
+
+@pytest.fixture(autouse=True)
+def operation_by_operation():
+    """Nothing here compiles a program of its own: the small operations of all tests are the same few hundred."""
+    with jax.disable_jit():
+        yield
+
+
+def run(case, config=PLAIN, batch=None, reference=True, temperature=1.0) -> step.StepResult:
+    learner = step.Learner(case.model, step.make_optimiser(config).init(case.model))
+    batch = case.cut(config) if batch is None else batch
+    return step.update(learner, case.reference if reference else None, batch, config, temperature)
+
+
+def change(case, result: step.StepResult) -> dict[str, np.ndarray]:
+    """What the step added to the parameters, times the epsilon: minus the gradient, nearly."""
+    before, after = case.model.arrays(), result.learner.model.arrays()
+    return {name: 1e3 * (np.asarray(after[name], np.float64) - np.asarray(before[name])) for name in before}
+
+
+def assert_same(got: step.StepResult, want: step.StepResult, tolerance: float = 1e-6) -> None:
+    for a, b in zip(jax.tree.leaves(got.learner), jax.tree.leaves(want.learner), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(got.signal, want.signal, rtol=1e-5, atol=1e-6)
+    for name, value in want.metrics.items():
+        np.testing.assert_allclose(got.metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def differs(got: step.StepResult, want: step.StepResult) -> bool:
+    pairs = zip(jax.tree.leaves(got.learner.model), jax.tree.leaves(want.learner.model), strict=True)
+    return any(np.abs(np.asarray(a) - np.asarray(b)).max() > 1e-9 for a, b in pairs)
+
+
+# A naive step ------------------------------------------------------------------------------------------------------
+def sequence_logprobs(model, batch, temperature=1.0):
+    """Every row as one whole sequence through `qwen3.logits`, one row at a time in the positions of its response."""
+    rows, length = batch.tokens.shape
+    width = batch.prompts.shape[1] + length
+    sequences, mask, starts = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool), []
+    for row, owner in enumerate(batch.prompt_index):
+        prompt = batch.prompts[owner][batch.prompt_mask[owner]].tolist()
+        said = batch.tokens[row][batch.mask[row]].tolist()
+        sequences[row, : len(prompt) + len(said)] = prompt + said
+        mask[row, : len(prompt) + len(said)] = True
+        starts.append(len(prompt) - 1)
+    logprobs = jax.nn.log_softmax(qwen3.logits(model, sequences, mask) / temperature, -1)
+    at = np.array(starts)[:, None] + np.arange(length)
+    return logprobs[np.arange(rows)[:, None], np.minimum(at, width - 1), batch.tokens]
+
+
+def naive_advantages(batch):
+    out = np.zeros(len(batch.rewards))
+    for p in range(len(batch.weights)):
+        mine = (batch.prompt_index == p) & batch.scorable
+        r = batch.rewards[mine].astype(float)
+        out[mine] = (r - r.mean()) / (r.std() + 1e-6) if r.std() > 0 else 0.0
+    return out
+
+
+def naive_rows(model, reference, batch, advantages, kl_coef, low=0.2, high=0.28):
+    """Eq. 6 of every row: mean over its tokens of -(clipped surrogate) + KL (k3)."""
+    logp, ref = sequence_logprobs(model, batch), sequence_logprobs(reference, batch)
+    ratio, a = jnp.exp(logp - batch.logprobs), np.asarray(advantages, np.float32)[:, None]
+    objective = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - low, 1 + high) * a)
+    kl = jnp.exp(ref - logp) - 1 - (ref - logp)
+    token = jnp.where(batch.mask, -objective + kl_coef * kl, 0.0)
+    return token.sum(1) / batch.mask.sum(1)
+
+
+def naive_weights(batch):
+    counts = np.bincount(batch.prompt_index[batch.scorable], minlength=len(batch.weights))
+    return np.where(batch.scorable, 1 / (len(batch.weights) * counts[batch.prompt_index]), 0)
+
+
+def naive_loss(model, reference, batch, kl_coef=PLAIN.kl_coef):
+    advantages = naive_advantages(batch) * batch.weights[batch.prompt_index]
+    return (naive_weights(batch) * naive_rows(model, reference, batch, advantages, kl_coef)).sum()
+
+
+@pytest.fixture(scope="module")
+def plain(case):
+    return run(case)
+
+
+def test_loss_and_gradient_are_the_naive_ones(case, plain):
+    loss, grad = jax.value_and_grad(naive_loss)(case.model, case.reference, case.batch)
+    np.testing.assert_allclose(plain.metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(plain.metrics["grad_norm"], optax.global_norm(grad), rtol=1e-5)
+    optimiser = step.make_optimiser(PLAIN)
+    updates, _ = optimiser.update(grad, optimiser.init(case.model), case.model)
+    want = optax.apply_updates(case.model, updates)
+    assert float(plain.metrics["grad_norm"]) > 0.05
+    for a, b, before in zip(*map(jax.tree.leaves, (plain.learner.model, want, case.model)), strict=True):
+        assert np.abs(np.asarray(b) - np.asarray(before)).max() > 1e-6  # every parameter has a gradient
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-7)
+
+
+def test_compiled_it_is_the_same(case):
+    config = dataclasses.replace(PLAIN, minibatches=2, microbatches=2)
+    learner = step.Learner(case.model, step.make_optimiser(config).init(case.model))
+    with jax.disable_jit(False):
+        got = compiled(learner, case.reference, case.cut(config), config, 1.0)
+    assert_same(got, run(case, config))
+
+
+def test_metrics_are_the_naive_ones(case, plain):
+    batch = case.batch
+    active = batch.mask & batch.scorable[:, None]
+    logp, ref = (np.asarray(sequence_logprobs(m, batch)) for m in (case.model, case.reference))
+    ratio = np.exp(logp - batch.logprobs)
+    a = (naive_advantages(batch) * batch.weights[batch.prompt_index])[:, None]
+    clipped = ((a > 0) & (ratio > 1.28)) | ((a < 0) & (ratio < 0.8))
+    assert 0.02 < clipped[active].mean() < 0.98
+    np.testing.assert_allclose(plain.metrics["clip_fraction"], clipped[active].mean(), rtol=1e-5)
+    np.testing.assert_allclose(plain.metrics["kl"], (np.exp(ref - logp) - 1 - ref + logp)[active].mean(), rtol=1e-4)
+    np.testing.assert_allclose(plain.metrics["logprob_gap"], np.abs(logp - batch.logprobs)[batch.mask].max(), rtol=1e-4)
+    np.testing.assert_allclose(plain.metrics["all_equal_groups"], 0.25)  # the last prompt's are 0, 0
+    _, entropy = step.response_logprobs(case.model, *batch[:2], *batch[3:6], 1.0)
+    np.testing.assert_allclose(plain.metrics["entropy"], np.asarray(entropy)[active].mean(), rtol=1e-5)
+
+
+def test_signal_is_equation_7_without_the_adversarys_weights(case, plain):
+    rows = np.asarray(naive_rows(case.model, case.reference, case.batch, naive_advantages(case.batch), PLAIN.kl_coef))
+    want = [rows[(case.batch.prompt_index == p) & case.batch.scorable].mean() for p in range(4)]
+    np.testing.assert_allclose(plain.signal, want, rtol=1e-4, atol=1e-6)
+    alone = step.surrogate_signal(case.model, case.reference, case.batch, PLAIN, 1.0)
+    np.testing.assert_allclose(alone, plain.signal, rtol=1e-5, atol=1e-6)
+    other = run(case, batch=case.batch._replace(weights=np.float32([3, 2, 1, 0])))
+    np.testing.assert_allclose(other.signal, plain.signal, rtol=1e-6)
+    assert differs(other, plain)
+
+
+def test_on_policy_only_the_kl_is_left_of_the_signal(case):
+    """Advantages of a prompt sum to zero, so at ratio 1 the surrogate says nothing (method, section 2)."""
+    now, _ = step.response_logprobs(case.model, *case.batch[:2], *case.batch[3:6], 1.0)
+    batch = case.batch._replace(logprobs=np.asarray(now), mask=np.ones_like(case.batch.mask))
+    now, _ = step.response_logprobs(case.model, *batch[:2], *batch[3:6], 1.0)
+    batch = batch._replace(logprobs=np.asarray(now))
+    off = run(case, dataclasses.replace(PLAIN, kl_coef=0.0), batch, reference=False)
+    np.testing.assert_allclose(off.signal, 0.0, atol=1e-6)
+    assert float(off.metrics["grad_norm"]) > 0.01 and float(off.metrics["logprob_gap"]) < 1e-6
+
+
+def test_weights_scale_the_advantages_but_not_the_kl(case):
+    """At weight 0 what is left is the KL alone: the gradient of a batch in which all rewards are equal."""
+    none = run(case, batch=case.batch._replace(weights=np.zeros(4, np.float32)))
+    equal = run(case, batch=case.batch._replace(rewards=np.ones(12, np.float32)))
+    assert_same(none, equal._replace(signal=none.signal, metrics={}))
+    assert float(none.metrics["grad_norm"]) > 1e-3
+    config = dataclasses.replace(PLAIN, kl_coef=0.0, clip_low=1.0, clip_high=1e9)
+    one = change(case, run(case, config, case.batch._replace(weights=np.ones(4, np.float32)), reference=False))
+    two = change(case, run(case, config, case.batch._replace(weights=np.full(4, 2, np.float32)), reference=False))
+    for name in one:  # without clipping and KL the gradient is linear in the weights
+        np.testing.assert_allclose(two[name], 2 * one[name], rtol=0.01, atol=2e-3)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+def test_microbatches_change_nothing(case, aggregate):
+    config = dataclasses.replace(PLAIN, aggregate=aggregate)
+    assert_same(run(case, dataclasses.replace(config, microbatches=4)), run(case, config))
+
+
+def test_how_the_step_is_cut_changes_nothing(case, plain):
+    config = dataclasses.replace(PLAIN, microbatches=3)
+    for seed in range(3):
+        assert_same(run(case, config, case.cut(config, seed)), plain)
+
+
+def test_minibatches_are_updates_in_turn(case):
+    """Two minibatches: half of the rows each, at twice their weight, the second from where the first came to."""
+    config = dataclasses.replace(PLAIN, minibatches=2)
+    batch = case.cut(config)
+    got = run(case, config, batch)
+    optimiser = step.make_optimiser(config)
+    model, state, losses = case.model, optimiser.init(case.model), []
+    advantages = naive_advantages(batch) * batch.weights[batch.prompt_index]
+    for rows in batch.pieces.rows:
+        mine = np.zeros(12)
+        mine[rows] = 2 * naive_weights(batch)[rows]
+
+        def loss(model, mine=mine):
+            return (mine * naive_rows(model, case.reference, batch, advantages, config.kl_coef)).sum()
+
+        value, grad = jax.value_and_grad(loss)(model)
+        updates, state = optimiser.update(grad, state, model)
+        model = optax.apply_updates(model, updates)
+        losses.append(value)
+    np.testing.assert_allclose(got.metrics["loss"], np.mean(losses), rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got.learner.model), jax.tree.leaves(model), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-7)
+    both = run(case, dataclasses.replace(config, microbatches=3), None)
+    assert both.metrics["loss"] == pytest.approx(float(got.metrics["loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_masked_tokens_and_unscorable_rows_never_matter(case, microbatches):
+    config = dataclasses.replace(PLAIN, microbatches=microbatches)
+    batch = case.cut(config)
+    garbage = np.where(batch.mask, batch.logprobs, np.nan).astype(np.float32)
+    tokens = np.where(batch.mask, batch.tokens, 39)
+    rewards = np.where(batch.scorable, batch.rewards, np.inf).astype(np.float32)
+    lost = ~batch.scorable[:, None]
+    prompts = np.where(batch.prompt_mask, batch.prompts, 17)
+    spoiled = batch._replace(
+        prompts=prompts,
+        rewards=rewards,
+        tokens=np.where(lost, 11, tokens),
+        logprobs=np.where(lost & batch.mask, -50.0, garbage),
+    )
+    got, want = run(case, config, spoiled), run(case, config, batch)
+    want.metrics.pop("logprob_gap")  # of every response that was sampled, graded or not
+    assert_same(got, want, tolerance=0)
+
+
+def test_a_prompt_without_a_scorable_row_has_no_signal(case):
+    batch = case.batch._replace(scorable=case.batch.prompt_index != 2)
+    got = run(case, batch=batch)
+    assert np.isnan(np.asarray(got.signal)).tolist() == [False, False, True, False]
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(got.learner))
+    nothing = run(case, batch=case.batch._replace(scorable=np.zeros(12, bool)))
+    assert np.isnan(np.asarray(nothing.signal)).all() and float(nothing.metrics["loss"]) == 0.0
+    for a, b in zip(jax.tree.leaves(nothing.learner.model), jax.tree.leaves(case.model), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_responses_of_one_token(case):
+    batch = case.batch._replace(
+        tokens=case.batch.tokens[:, :1], mask=case.batch.mask[:, :1], logprobs=case.batch.logprobs[:, :1]
+    )
+    got = run(case, batch=batch)
+    loss, grad = jax.value_and_grad(naive_loss)(case.model, case.reference, batch)
+    np.testing.assert_allclose(got.metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(got.metrics["grad_norm"], optax.global_norm(grad), rtol=1e-5)
+
+
+def test_temperature_is_the_samplers(case):
+    got = run(case, temperature=0.5)
+    logp = np.asarray(sequence_logprobs(case.model, case.batch, 0.5))
+    gap = np.abs(logp - case.batch.logprobs)[case.batch.mask].max()
+    np.testing.assert_allclose(got.metrics["logprob_gap"], gap, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kl_coef", 0.2),
+        ("kl_estimator", "k2"),
+        ("clip_low", 0.05),
+        ("clip_high", 0.05),
+        ("dual_clip", 1.05),
+        ("aggregate", "token"),
+        ("aggregate", "constant"),
+        ("row_weighting", "rollout"),
+        ("advantage_scale", "none"),
+        ("advantage_baseline", "leave_one_out"),
+        ("advantage_clip", 0.3),
+    ],
+)
+def test_every_option_of_the_loss_acts(case, plain, field, value):
+    assert differs(run(case, dataclasses.replace(PLAIN, **{field: value})), plain)
+
+
+def test_bfloat16_gradients_are_summed_in_float32(case):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (case.model, case.reference))
+    cut = dataclasses.replace(PLAIN, microbatches=4)
+    one, four = (run(dataclasses.replace(case, model=half[0], reference=half[1]), c) for c in (PLAIN, cut))
+    assert {x.dtype for x in jax.tree.leaves(one.learner.model)} == {jnp.dtype("bfloat16")}
+    np.testing.assert_allclose(four.metrics["grad_norm"], one.metrics["grad_norm"], rtol=0.02)
+
+
+# The optimiser -----------------------------------------------------------------------------------------------------
+def updates(gradients: list[float], start: float = 2.0, **fields: float) -> list[float]:
+    """One parameter through some gradients."""
+    settings = {"learning_rate": 0.1, "warmup_steps": 0, "max_grad_norm": 1e9} | fields
+    optimiser = step.make_optimiser(TrainConfig(**settings))
+    parameter, values = jnp.float32(start), []
+    state = optimiser.init(parameter)
+    for gradient in gradients:
+        change, state = optimiser.update(jnp.float32(gradient), state, parameter)
+        parameter = optax.apply_updates(parameter, change)
+        values.append(float(parameter))
+    return values
+
+
+def test_adam_by_hand():
+    """First step: m/(1-b1) = g and v/(1-b2) = g^2, so the parameter moves by the rate, whatever the gradient."""
+    assert updates([3.0]) == pytest.approx([1.9], rel=1e-6)
+    assert updates([3.0], learning_rate=0.2) == pytest.approx([1.8], rel=1e-6)
+    assert updates([3.0], adam_eps=3.0) == pytest.approx([1.95], rel=1e-6)  # g / (|g| + eps) = 1/2
+    assert updates([3.0], weight_decay=0.5) == pytest.approx([1.9 - 0.1 * 0.5 * 2.0], rel=1e-6)
+    assert updates([3.0], adam_eps=1.0, max_grad_norm=1.0) == pytest.approx([1.95], rel=1e-6)  # g is clipped to 1
+    assert updates([1.0, -1.0], adam_b1=0.0, adam_b2=0.5) == pytest.approx([1.9, 2.0], rel=1e-6)
+    m = (0.5 * 0.5 * 1.0 - 0.5 * 1.0) / (1 - 0.25)
+    assert updates([1.0, -1.0], adam_b1=0.5, adam_b2=0.5)[1] == pytest.approx(1.9 - 0.1 * m, rel=1e-6)
+    v = (0.9 * 0.1 * 1.0 + 0.1 * 9.0) / (1 - 0.81)
+    assert updates([1.0, 3.0], adam_b1=0.0, adam_b2=0.9)[1] == pytest.approx(1.9 - 0.1 * 3 / np.sqrt(v), rel=1e-5)
+
+
+def test_warm_up_is_linear_then_constant():
+    rate = step.learning_rate(TrainConfig(learning_rate=0.8, warmup_steps=4))
+    assert [float(rate(i)) for i in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert updates([1.0], learning_rate=0.8, warmup_steps=4) == pytest.approx([1.8], rel=1e-6)
+    constant = step.learning_rate(TrainConfig(learning_rate=0.8, warmup_steps=0))
+    assert [float(constant(i)) for i in (0, 9)] == pytest.approx([0.8, 0.8])
