@@ -18,7 +18,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 unit: .venv/installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -q -m slow

@@ -79,6 +79,7 @@ class Trainer:
         self._signal = jax.jit(step.surrogate_signal, static_argnames=("config", "temperature"))
         self._evaluator = Evaluator(config, parts, verifier) if parts.heldout is not None else None
         self.ledger, self.step = Ledger(), 0
+        self._warm = False  # whether every program of a step has been compiled
         opt_state = step.make_optimiser(config.train).init(parts.policy.model)
         rule_state = parts.rule.init(self._fold(_INIT))
         self.state = State(step.Learner(parts.policy.model, opt_state), rule_state)
@@ -106,13 +107,15 @@ class Trainer:
     def one_step(self) -> Record:
         """Plans, samples, grades, updates policy and controllers; returns the step's log record."""
         clock = Clock()
-        compiled = self.compiles.seconds
+        compiled, programs = self.compiles.seconds, self.compiles.count
         self.step += 1
         collected, result, rule_state, outcome = self._learn(self._collect(clock), clock)
         record = self._record(collected, result, rule_state, outcome)
         self.state = State(result.learner, rule_state)
         self._count(collected, clock, self.compiles.seconds - compiled)
         record |= {"seconds": clock.spent | {"total": clock.total}, "compiles": self.compiles.count}
+        record["unexpected_compiles"] = self.compiles.count - programs if self._warm else 0
+        self._warm = True
         every, last = self.config.eval.every, self.step == self.config.run.steps
         if self._evaluator is not None and (last or (every is not None and self.step % every == 0)):
             record |= self._evaluate(final=last)

@@ -28,6 +28,8 @@ class Progress:
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Shows one record."""
         step = record["step"]
+        if record.get("unexpected_compiles"):
+            self._show(f"{self.label}  step {step}: compiled {record['unexpected_compiles']} programs again", stay=True)
         if "reward" in record and (self.live or step % self.every == 0 or step == self.steps):
             self._show(self._line(record), stay=not self.live or step == self.steps)
         if "eval" in record:

@@ -1,0 +1,276 @@
+"""The command line: bad input of every kind is one line and exit code 2; what the commands write fits together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from gdro_jax import cli, commands, evaluation
+from gdro_jax.training import ConfigError, config_io
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """The command line takes the signals over; tests give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Six problems of two strata."""
+    file = tmp_path / "problems.jsonl"
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "stratum": "ab"[i % 2]} for i in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def invoke(*arguments: object) -> int:
+    """The exit code of the command in this process, whichever way it ends."""
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+MODEL = "--model.path={tiny}"
+BAD = {
+    "a missing model folder": (["train", "--model.path", "nowhere"], "model.path='nowhere': no such folder"),
+    "a folder that holds no model": (["train", "--model.path={tmp}"], "tokenizer.json"),
+    "a missing model folder to evaluate": (["eval", "nowhere", "embedded"], "no such folder"),
+    "a typo in an option": (["train", "--run.stesp", "3"], "did you mean 'steps'?"),
+    "a typo in a section": (["train", "--runn.steps", "3"], "did you mean 'run'?"),
+    "a typo in a file": (["train", "--config", "{typo}"], "did you mean 'learning_rate'?"),
+    "a missing file": (["train", "--config", "absent.yaml"], "absent.yaml: no such configuration file"),
+    "a file that is not YAML": (["train", "--config", "{broken}"], "not valid YAML"),
+    "a wrong type": (["train", "--run.steps=many"], "run.steps='many': expected int"),
+    "a value out of range": (["train", "--run.steps=0"], "run.steps=0: must be at least 1"),
+    "truncated sampling in training": (["train", "--sampling.top_p=0.9"], "sampling.top_p=0.9: must be 1.0"),
+    "an unknown rule": (["train", MODEL, "--controller.name=jont"], "did you mean 'joint'?"),
+    "a setting that the rule lacks": (["train", MODEL, "--controller.settings.eta=1"], "no setting 'eta'"),
+    "an impossible budget": (
+        ["train", MODEL, "--controller.name=rollout_gdro", "--controller.settings.min_rollouts=5"],
+        "min_rollouts",
+    ),
+    "more prompts than problems": (
+        ["train", MODEL, "--data.train={problems}", "--train.prompts_per_step=7", "--controller.mean_rollouts=1"],
+        "train.prompts_per_step=7: only 6 problems",
+    ),
+    "a row without an answer": (["train", MODEL, "--data.train={holes}"], "holes.jsonl, line 3: column 'answer'"),
+    "a row that is not JSON": (["train", MODEL, "--data.train={garbled}"], "garbled.jsonl, line 2: is not JSON"),
+    "missing problems": (["eval", "{tiny}", "absent.jsonl"], "absent.jsonl: does not exist"),
+    "a prompt that is too long": (["train", MODEL, "--data.max_prompt_tokens=2"], "more than the 2 allowed"),
+    "a missing tokenizer": (["train", MODEL, "--model.tokenizer={tmp}"], "holds no tokenizer.json"),
+    "an output that is a file": (["train", MODEL, "--run.output={problems}"], "cannot be made a folder"),
+    "an unknown command": (["trian"], "invalid choice: 'trian'"),
+    "no command": ([], "COMMAND"),
+    "a missing value": (["train", "--run.steps"], "--run.steps needs a value"),
+    "a missing value before an option": (["train", "--run.steps", "--run.seed", "3"], "--run.steps needs a value"),
+    "an unknown flag": (["train", "--fast"], "--fast"),
+    "a stray word": (["train", "fast"], "fast"),
+    "a missing argument": (["eval", "embedded"], "problems"),
+    "a report of nothing": (["report", "nowhere"], "nowhere"),
+    "an option of a report": (["report", "x", "--run.steps", "3"], "unknown option --run.steps"),
+    "no methods to compare": (["compare"], "compare.methods: names no method"),
+    "a method with another budget": (
+        ["compare", MODEL, "--compare.methods.uniform.controller.mean_rollouts=2"],
+        "compare.methods.uniform: changes controller.mean_rollouts",
+    ),
+    "a method with other prompts": (
+        ["compare", MODEL, "--compare.methods.uniform.data.train=x"],
+        "compare.methods.uniform: changes data",
+    ),
+    "a method with more steps": (
+        ["compare", MODEL, "--compare.methods.uniform.run.steps=7"],
+        "compare.methods.uniform: changes run.steps",
+    ),
+    "a method with another evaluation": (
+        ["compare", MODEL, "--compare.methods.uniform.eval.temperature=0.5"],
+        "compare.methods.uniform: changes eval",
+    ),
+    "a method that is no section": (["compare", MODEL, "--compare.methods.uniform=3"], "compare.methods.uniform=3"),
+    "an unknown method": (["compare", MODEL, "--compare.methods.unform="], "unknown rule 'unform'"),
+    "seeds that repeat": (["compare", "--compare.seeds=[1, 1]"], "compare.seeds=[1, 1]: must be distinct"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, tiny_folder, problems, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "typo.yaml").write_text("train:\n  learning_rat: 1e-4\n")
+    (tmp_path / "broken.yaml").write_text("train: {learning_rate: [1\n")
+    (tmp_path / "holes.jsonl").write_text('{"prompt": "1", "answer": "1"}\n\n{"prompt": "2"}\n')
+    (tmp_path / "garbled.jsonl").write_text('{"prompt": "1", "answer": "1"}\n{"prompt": \n')
+    places = {
+        name.split(".")[0]: tmp_path / name for name in ("typo.yaml", "broken.yaml", "holes.jsonl", "garbled.jsonl")
+    }
+    arguments, words = BAD[name]
+    before = sorted(tmp_path.iterdir())
+    code = invoke(*(a.format(tiny=tiny_folder, tmp=tmp_path, problems=problems, **places) for a in arguments))
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.endswith("\n") and printed.err.startswith("gdro")
+    assert words in printed.err
+    assert sorted(tmp_path.iterdir()) == before  # nothing was begun
+
+
+def test_bad_input_to_a_real_process(tmp_path):
+    command = [sys.executable, "-m", "gdro_jax.cli", "train", "--model.path", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "gdro train: model.path='nowhere': no such folder; expected config.json and *.safetensors in it"
+    ]
+
+
+def test_a_fault_is_not_bad_input(monkeypatch, tiny_folder):
+    """Anything unforeseen keeps its traceback, and the interpreter then exits with 1."""
+
+    def broken(*parts: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(commands, "train", broken)
+    with pytest.raises(RuntimeError, match="a fault"):
+        invoke("train", f"--model.path={tiny_folder}")
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "eval"])
+def test_help_names_every_field(command, capsys):
+    assert invoke(command, "--help") == 0
+    text = capsys.readouterr().out
+    for section, fields in config_io.to_dict(config_io.load()).items():
+        assert all(f"--{section}.{field} " in text for field in fields)
+    assert "--train.advantage_clip  null" in text and "--run.steps  100" in text
+
+
+def test_general_help_names_every_command(capsys):
+    assert invoke("--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"\n    {command} " in text for command in ("train", "compare", "eval", "report"))
+
+
+def test_overrides_stand_anywhere(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(commands, "evaluate", lambda model, problems, out, config: seen.update(locals()) or 0)
+    orders = (
+        ["eval", "--eval.samples", "9", "m", "--run.seed=4", "p", "--out", "o"],
+        ["eval", "m", "p", "--out=o", "--eval.samples=9", "--run.seed", "4"],
+        ["--run.seed", "4", "eval", "m", "--out", "o", "p", "--eval.samples", "9"],
+    )
+    for arguments in orders:
+        seen.clear()
+        assert invoke(*arguments) == 0
+        assert (seen["model"], seen["problems"], seen["out"]) == ("m", "p", "o")
+        assert seen["config"].eval.samples == 9 and seen["config"].run.seed == 4
+
+
+def test_the_second_signal_is_final():
+    stop = cli._Stop()
+    assert not stop()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stopped_command_exits_with_75(monkeypatch):
+    monkeypatch.setattr(commands, "train", lambda config, stop: False)
+    monkeypatch.setattr(commands, "compare", lambda config, stop: False)
+    assert invoke("train") == 75 and invoke("compare") == 75
+
+
+def test_eval(tmp_path, problems, capsys):
+    out = tmp_path / "out"
+    settings = ["--eval.samples=4", "--eval.k=2", "--sampling.max_new_tokens=4", "--run.seed=1"]
+    assert invoke("eval", "embedded", problems, "--out", out, *settings) == 0
+    printed = capsys.readouterr()
+    summary = json.loads((out / "summary.json").read_text())
+    rows = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert [(r["problem"], r["rank"]) for r in rows] == [(p, r) for p in range(6) for r in range(4)]
+    for row in rows:
+        i = row["problem"]
+        assert row["prompt"] == f"{i}+{i}=" and row["answer"] == str(2 * i) and row["stratum"] == "ab"[i % 2]
+        assert row["scorable"] and row["score"] == (row["response"].strip() == row["answer"])
+    correct = np.bincount([r["problem"] for r in rows], weights=[r["score"] for r in rows], minlength=6)
+    assert correct.sum() > 0  # the base can add
+    strata = ["ab"[i % 2] for i in range(6)]
+    want = evaluation.summarise(correct.astype(int), [4] * 6, strata, 2)
+    assert summary == json.loads(json.dumps(want))
+    assert summary["overall"]["mean"] == pytest.approx(correct.mean() / 4) and summary["overall"]["n"] == 6
+    assert evaluation.format_summary(want) in printed.out and "6/6 problems" in printed.err
+
+
+def test_compare(tmp_path, tiny_folder, problems, capsys):
+    """Two methods, two seeds, two steps: same prompts and budget, a table, a report; run again it repeats nothing."""
+    out = tmp_path / "out"
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "compare": {
+                    "output": str(out),
+                    "methods": {
+                        "uniform": None,
+                        "half": {"controller": {"name": "uniform"}, "train": {"kl_coef": 0.5}},
+                    },
+                },
+                "model": {"path": str(tiny_folder)},
+                "data": {"train": str(problems)},
+                "eval": {"data": str(problems), "samples": 2, "k": 2},
+                "sampling": {"max_new_tokens": 2},
+                "train": {"prompts_per_step": 3},
+                "run": {"steps": 2, "save_model": False},
+            }
+        )
+    )
+    arguments = ("compare", "--config", tmp_path / "config.yaml", "--compare.seeds", "[3, 4]")
+    assert invoke(*arguments) == 0
+    printed = capsys.readouterr()
+    labels = [f"{method}-seed{seed}" for seed in (3, 4) for method in ("uniform", "half")]
+    listing = yaml.safe_load((out / "compare.yaml").read_text())
+    assert listing["methods"] == ["uniform", "half"] and listing["seeds"] == [3, 4]
+    assert listing["runs"] == {label: {"method": label.split("-")[0], "seed": int(label[-1])} for label in labels}
+    page = (out / "report.html").read_text()
+    assert "uniform" in page and "half" in page and "uniform" in printed.out and str(out / "report.html") in printed.out
+    logs = {label: (out / label / "metrics.jsonl").read_text() for label in labels}
+    last = {label: json.loads(text.splitlines()[-1]) for label, text in logs.items()}
+    assert {line["step"] for line in last.values()} == {2}
+    assert {line["ledger"]["rollouts"] for line in last.values()} == {24}
+    config = config_io.load(out / "half-seed4" / "config.yaml")
+    assert (config.controller.name, config.train.kl_coef, config.run.seed) == ("uniform", 0.5, 4)
+    first = {label: json.loads(text.splitlines()[1]) for label, text in logs.items()}
+    for seed in (3, 4):  # the first step of every method samples the same prompts with the same keys
+        one, two = first[f"uniform-seed{seed}"], first[f"half-seed{seed}"]
+        assert one["strata"] == two["strata"] and one["response_length"] == two["response_length"]
+    assert invoke(*arguments) == 0
+    assert {label: (out / label / "metrics.jsonl").read_text() for label in labels} == logs
+
+
+def test_runs_of_a_comparison_differ_in_what_was_asked_only():
+    config = config_io.load(
+        None,
+        [
+            (
+                "compare.methods",
+                "{uniform: , joint: {controller: {settings: {prompt_ema: 0.5}}, train: {kl_coef: 0.1}}}",
+            ),
+            ("compare.seeds", "[0, 7]"),
+            ("compare.output", "runs/x"),
+            ("controller.settings.window", "9"),
+        ],
+    )
+    runs = commands.comparison(config)
+    assert list(runs) == ["uniform-seed0", "joint-seed0", "uniform-seed7", "joint-seed7"]
+    joint = runs["joint-seed7"]
+    assert joint.controller.name == "joint" and joint.controller.settings == {"window": 9, "prompt_ema": 0.5}
+    assert runs["uniform-seed0"].controller.settings == {"window": 9}
+    assert joint.train.kl_coef == 0.1 and runs["uniform-seed7"].train == config.train
+    assert joint.run.seed == 7 and joint.run.output == os.path.join("runs", "x", "joint-seed7")
+    assert joint.data == config.data and joint.eval == config.eval
+    with pytest.raises(ConfigError, match=r"compare\.methods\.joint: unknown field in section train: 'kl'"):
+        commands.comparison(config_io.load(None, [("compare.methods.joint.train.kl", "1")]))

@@ -1,0 +1,190 @@
+"""Whole runs of the tiny policy: resuming, counting, compiling once, stopping, refusing."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from gdro_jax.data import prompts as prompt_data
+from gdro_jax.models import hf
+from gdro_jax.training import InputError, config_io, loop
+
+SAMPLED = ("controller.name=joint", "controller.settings.selection=sample", "run.checkpoint_every=2")
+UNTIMED = ("seconds", "compile_seconds", "eval_seconds")
+
+
+def train(trainer, stop_at: int | None = None) -> list[dict]:
+    records = []
+    trainer.run(records.append, lambda: stop_at is not None and trainer.step >= stop_at)
+    return records
+
+
+def logged(folder) -> list[dict]:
+    """Log lines without what a clock or a compiler says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+        line.pop("compiles", None)
+        line["ledger"] = {k: v for k, v in line["ledger"].items() if k not in UNTIMED}
+    return lines
+
+
+def assert_equal(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture
+def heldout(tmp_path):
+    file = tmp_path / "heldout.jsonl"
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "stratum": "ab"[i % 2]} for i in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ("eval.every=2", f"eval.data={file}", "eval.samples=2", "eval.k=2")
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(configure, launch, heldout, tmp_path):
+    """Six steps; three, a stop and three; and a run that died after its checkpoint, in the middle of a line."""
+    whole = launch(configure(*SAMPLED, *heldout, "run.steps=6", output="whole"))
+    assert train(whole)[-1]["step"] == 6
+    lines = logged(tmp_path / "whole")
+    assert [line["step"] for line in lines] == list(range(7))
+    assert [line["step"] for line in lines if "eval" in line] == [0, 2, 4, 6]
+    assert lines[6]["controller"]["forced_uniform_share"] is not None
+    counts = {tuple(line["bins"]["rollouts"]) for line in lines[1:]}
+    assert len(counts) > 1  # the budget did move between bins
+
+    config = configure(*SAMPLED, *heldout, "run.steps=6", output="parts")
+    first = launch(config)
+    assert first.run(lambda record: None, lambda: first.step >= 3) is False
+    assert first.checkpoints.latest() == 3
+    first.close()
+    second = launch(config)
+    assert second.step == 3
+    assert_equal(second.state, first.state)
+    train(second)
+    assert_equal(second.state, whole.state)
+    assert logged(tmp_path / "parts") == lines
+
+    second.close()
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "6")  # as if it had been killed in step 6, half a line written
+    metrics = tmp_path / "parts" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-100])
+    third = launch(config)
+    assert third.step == 4
+    train(third)
+    assert_equal(third.state, whole.state)
+    assert logged(tmp_path / "parts") == lines
+
+
+def test_a_run_without_a_checkpoint_starts_over(configure, launch, heldout, tmp_path):
+    config = configure(*heldout, "run.steps=1")
+    dead = launch(config)
+    dead.log.write({"step": 0, "eval": {}, "ledger": {}})
+    dead.log.write({"step": 1, "ledger": {}})
+    dead.close()
+    train(launch(config))
+    lines = logged(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1]
+    assert lines[0]["ledger"]["eval_rollouts"] == 12 and lines[1]["ledger"]["eval_rollouts"] == 24
+
+
+def test_a_longer_run_goes_on_and_a_shorter_one_is_done(configure, launch, tmp_path):
+    train(launch(configure("run.steps=2")))
+    longer = launch(configure("run.steps=3"))
+    assert longer.step == 2 and longer.run(lambda record: None) is True and longer.step == 3
+    longer.close()
+    shorter = launch(configure("run.steps=1"))
+    assert shorter.run(lambda record: None) is True and shorter.step == 3
+    assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_folder_of_another_configuration_is_refused(configure, launch, tmp_path):
+    train(launch(configure("run.steps=1")))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    for change in ("run.seed=1", "train.learning_rate=0.02", "controller.name=joint", "data.template=boxed"):
+        with pytest.raises(InputError, match="holds a run of another configuration") as caught:
+            launch(configure("run.steps=1", change))
+        assert "\n" not in str(caught.value) and str(tmp_path / "run") in str(caught.value)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    launch(configure("run.steps=2", "run.log_every=3", "run.keep_checkpoints=1"))  # these may change
+
+
+def test_the_step_compiles_once(configure, launch, tmp_path):
+    trainer = launch(configure("controller.name=rollout_gdro", "run.steps=5", "train.minibatches=2"))
+    records = train(trainer)
+    compiles = [record["compiles"] for record in records]
+    assert compiles[1] > 0 and compiles[1:] == [compiles[1]] * 4  # none after the second step
+    uneven = [record["bins"]["rollouts"] for record in records]
+    assert any(np.nanmax(r) > np.nanmin(r) for r in uneven)  # although groups were uneven
+    assert trainer.compiles.count == compiles[-1]
+
+
+def test_ledger_and_record(configure, launch, tmp_path):
+    """Every total is what the responses of all steps add up to, and the record says the same of its own step."""
+    trainer = launch(configure("sampling.slots=4", "data.max_unscorable=1.0"), None)
+    trainer.verifier = type(trainer.verifier)(unscorable=5)
+    masks, scorable, plans = [], [], []
+    collect = trainer._collect
+
+    def watched(clock):
+        out = collect(clock)
+        masks.append(np.asarray(out.rollouts.mask))
+        scorable.append(out.grades.scorable)
+        plans.append(out.plan)
+        return out
+
+    trainer._collect = watched
+    records = train(trainer)
+    for step, record in enumerate(records, 1):
+        ledger = record["ledger"]
+        assert ledger["rollouts"] == 24 * step and ledger["prompts"] == 6 * step and ledger["eval_rollouts"] == 0
+        assert ledger["tokens"] == sum(int(m.sum()) for m in masks[:step])
+        assert ledger["scored"] == sum(int(s.sum()) for s in scorable[:step]) <= ledger["rollouts"]
+        waves = [m.sum(1)[start : start + 4].max() for m in masks[:step] for start in range(0, 24, 4)]
+        assert ledger["slot_steps"] == 4 * sum(map(int, waves))
+        assert record["unscorable"] == pytest.approx(1 - scorable[step - 1].mean())
+        assert record["response_length"] == pytest.approx(masks[step - 1].sum(1).mean())
+        assert record["bins"]["share"].sum() == pytest.approx(1)
+        assert record["strata"]["share"].keys() == {trainer.strata[i] for i in plans[step - 1].prompt_ids}
+        assert record["logprob_gap"] < 1e-4
+        assert record["seconds"]["total"] == pytest.approx(sum(v for k, v in record["seconds"].items() if k != "total"))
+    assert sum(int((~s).sum()) for s in scorable) > 0
+    seen = [int(i) for plan in plans for i in plan.prompt_ids]
+    assert seen == [int(i) for k in range(3) for i in prompt_data.order(0, 6 * k, len(trainer.strata), 6)]
+
+
+def test_too_many_unscorable_responses_stop_the_run(configure, launch):
+    trainer = launch(configure("data.max_unscorable=0.1"))
+    trainer.verifier = type(trainer.verifier)(unscorable=2)
+    with pytest.raises(loop.UnscorableError, match=r"step 1: \d+% .*data\.max_unscorable=0\.1.*no mood to grade"):
+        train(trainer)
+
+
+def test_weights_of_the_current_batch_are_used_and_logged(configure, launch):
+    """With `use_current_batch` even the first step, from a blank state, weighs the bins by their own errors."""
+    late = train(launch(configure("controller.name=prompt_gdro", "run.steps=1", output="late")))[0]
+    early = configure("controller.name=prompt_gdro", "controller.settings.use_current_batch=true", output="early")
+    trainer = launch(dataclasses.replace(early, run=dataclasses.replace(early.run, steps=1)))
+    shown = train(trainer)[0]
+    assert np.nanmax(np.abs(late["bins"]["weight"] - 1)) < 1e-6
+    want = shown["controller"]["weight_per_bin"]
+    np.testing.assert_allclose(shown["bins"]["weight"], want, rtol=1e-6)
+
+
+def test_saved_model_is_the_trained_policy(configure, launch, tmp_path, tiny_model):
+    trainer = launch(configure("run.steps=1", "run.save_model=true"))
+    train(trainer)
+    model = hf.load(tmp_path / "run" / "model")
+    assert_equal(model, trainer.state.learner.model)
+    assert any(
+        (np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (model, tiny_model)), strict=True)
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    stops = prompt_data.stop_tokens(tmp_path / "run" / "model", tokenizer)
+    assert stops == trainer.parts.policy.stop_tokens == (1,)
+    assert config_io.load(tmp_path / "run" / "config.yaml") == trainer.config

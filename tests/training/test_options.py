@@ -1,0 +1,215 @@
+"""Every option does something: a table of all, each with the test that shows it, and the tests not found elsewhere."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from gdro_jax.data.sources import DataError
+from gdro_jax.evaluation.run import Graded
+from gdro_jax.training import Config, InputError, loop, setup
+
+TESTS = pathlib.Path(__file__).parent.parent
+LOSS, ADAM = "training/test_step.py::test_every_option_of_the_loss_acts", "training/test_step.py::test_adam_by_hand"
+LONGER = "training/test_loop.py::test_a_longer_run_goes_on_and_a_shorter_one_is_done"
+WHOLE = "training/test_loop.py::test_a_resumed_run_is_the_run_that_was_not_stopped"
+HERE = "training/test_options.py::test_"
+SHOWN = {
+    "run.output": LONGER,
+    "run.seed": HERE + "seed",
+    "run.steps": LONGER,
+    "run.checkpoint_every": WHOLE,
+    "run.keep_checkpoints": "training/test_records.py::test_checkpoints_are_exact",
+    "run.log_every": "training/test_records.py::test_progress_off_a_terminal_is_a_line_every_few_steps",
+    "run.save_model": "training/test_loop.py::test_saved_model_is_the_trained_policy",
+    "model.path": HERE + "model_options",
+    "model.dtype": HERE + "model_options",
+    "model.tokenizer": HERE + "model_options",
+    "model.random_init": HERE + "model_options",
+    "data.train": HERE + "data_options",
+    "data.prompt_column": HERE + "data_options",
+    "data.answer_column": HERE + "data_options",
+    "data.stratum_column": HERE + "data_options",
+    "data.on_bad_row": HERE + "bad_rows",
+    "data.template": HERE + "data_options",
+    "data.max_prompt_tokens": HERE + "overlong_prompts",
+    "data.overlong": HERE + "overlong_prompts",
+    "data.verifier": HERE + "verifier_options",
+    "data.verifier_workers": HERE + "verifier_options",
+    "data.verifier_timeout": HERE + "verifier_options",
+    "data.max_unscorable": "training/test_loop.py::test_too_many_unscorable_responses_stop_the_run",
+    "controller.name": HERE + "controller_options",
+    "controller.mean_rollouts": HERE + "controller_options",
+    "controller.settings": HERE + "controller_options",
+    "sampling.max_new_tokens": "sampling/test_sampler.py::test_one_new_token",
+    "sampling.temperature": "sampling/test_sampler.py::test_log_probs_are_the_full_logits_and_the_trainers",
+    "sampling.top_p": "training/test_config.py::test_ranges",  # in training only 1.0 is right; eval.top_p is free
+    "sampling.top_k": "training/test_config.py::test_ranges",
+    "sampling.slots": "training/test_loop.py::test_ledger_and_record",
+    "train.prompts_per_step": HERE + "controller_options",
+    "train.minibatches": "training/test_step.py::test_minibatches_are_updates_in_turn",
+    "train.microbatches": "training/test_step.py::test_microbatches_change_nothing",
+    "train.learning_rate": ADAM,
+    "train.warmup_steps": "training/test_step.py::test_warm_up_is_linear_then_constant",
+    "train.adam_b1": ADAM,
+    "train.adam_b2": ADAM,
+    "train.adam_eps": ADAM,
+    "train.weight_decay": ADAM,
+    "train.max_grad_norm": ADAM,
+    "train.kl_coef": LOSS,
+    "train.kl_estimator": LOSS,
+    "train.clip_low": LOSS,
+    "train.clip_high": LOSS,
+    "train.dual_clip": LOSS,
+    "train.aggregate": LOSS,
+    "train.row_weighting": LOSS,
+    "train.advantage_scale": LOSS,
+    "train.advantage_baseline": LOSS,
+    "train.advantage_clip": LOSS,
+    "eval.data": WHOLE,
+    "eval.every": WHOLE,
+    "eval.samples": HERE + "evaluation_options",
+    "eval.k": HERE + "evaluation_options",
+    "eval.temperature": HERE + "evaluation_options",
+    "eval.top_p": HERE + "evaluation_options",
+    "eval.top_k": HERE + "evaluation_options",
+    "eval.problems_per_stratum": HERE + "evaluation_options",
+    "compare.output": "test_cli.py::test_compare",
+    "compare.seeds": "test_cli.py::test_compare",
+    "compare.methods": "test_cli.py::test_compare",
+}
+
+
+def test_the_table_is_complete():
+    config = Config()
+    fields = {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(config)
+        for field in dataclasses.fields(getattr(config, section.name))
+    }
+    assert set(SHOWN) == fields
+    for field, test in SHOWN.items():
+        file, name = test.split("::")
+        assert f"def {name}(" in (TESTS / file).read_text(), field
+
+
+def problems_file(tmp_path, rows) -> str:
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_seed(configure, launch):
+    one, two = (launch(configure(f"run.seed={seed}", output=f"run{seed}")) for seed in (1, 2))
+    keys = [jax.random.key_data(t._fold(purpose, 1)).tolist() for t in (one, two) for purpose in range(5)]
+    assert len({tuple(k) for k in keys}) == 10  # every purpose and seed has its own stream
+    again = launch(configure("run.seed=1", output="again"))
+    assert jax.random.key_data(again._fold(0, 1)).tolist() == keys[0]
+
+
+def test_model_options(configure, tiny_folder, tmp_path):
+    policy = setup.load_policy(configure().model)
+    assert policy.model.config.hidden_size == 32 and policy.stop_tokens == (1,)
+    assert setup.load_policy(configure("model.path=embedded").model).model.config.hidden_size > 32
+    half = setup.load_policy(configure("model.dtype=bfloat16").model).model
+    assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16"}
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    with pytest.raises(InputError, match=r"holds no tokenizer\.json"):
+        setup.load_policy(configure(f"model.path={bare}", "model.random_init=3").model)
+    at = (f"model.path={bare}", f"model.tokenizer={tiny_folder}")
+    three, four = (setup.load_policy(configure(*at, f"model.random_init={seed}").model).model for seed in (3, 4))
+    again = setup.load_policy(configure(*at, "model.random_init=3").model).model
+    np.testing.assert_array_equal(three.embed[...], again.embed[...])
+    assert (np.asarray(three.embed[...]) != np.asarray(four.embed[...])).any()
+
+
+def test_data_options(configure, tmp_path):
+    rows = [
+        {"q": "1+1=", "a": "2", "s": "x", "problem": "no", "answer": "9"},
+        {"q": "2*2=", "a": 4, "s": "y", "problem": "n", "answer": "8"},
+    ]
+    file = problems_file(tmp_path, rows)
+    columns = ("data.prompt_column=q", "data.answer_column=a", "data.stratum_column=s")
+    parts = setup.assemble(
+        configure(f"data.train={file}", "train.prompts_per_step=2", *columns, "data.template=Q {problem} A")
+    )
+    assert [(p.prompt, p.answer, p.stratum) for p in parts.train.problems] == [("1+1=", "2", "x"), ("2*2=", "4", "y")]
+    assert [parts.policy.tokenizer.decode(list(ids)) for ids in parts.train.tokens] == ["Q 1+1= A", "Q 2*2= A"]
+    plain = setup.assemble(configure(f"data.train={file}", "train.prompts_per_step=2"))
+    assert [p.prompt for p in plain.train.problems] == ["no", "n"]
+
+
+def test_bad_rows(configure, tmp_path):
+    rows = [{"prompt": "1", "answer": "1"}, {"prompt": "2"}, {"prompt": "3", "answer": "3"}]
+    at = (f"data.train={problems_file(tmp_path, rows)}", "train.prompts_per_step=2")
+    with pytest.raises(DataError, match=r"problems\.jsonl, line 2: column 'answer' is missing"):
+        setup.assemble(configure(*at))
+    parts = setup.assemble(configure(*at, "data.on_bad_row=drop"))
+    assert [(p.id, p.prompt) for p in parts.train.problems] == [(0, "1"), (1, "3")]
+    assert len(parts.notes) == 1 and "line 2: dropped, column 'answer' is missing" in parts.notes[0]
+
+
+def test_overlong_prompts(configure, tmp_path, launch):
+    rows = [{"prompt": "1" * n, "answer": "1"} for n in (2, 9, 4)]
+    at = (f"data.train={problems_file(tmp_path, rows)}", "train.prompts_per_step=2")
+    assert launch(configure(*at, output="free")).tokens.shape == (3, 9)
+    with pytest.raises(DataError, match="9 tokens, more than the 6 allowed"):
+        setup.assemble(configure(*at, "data.max_prompt_tokens=6"))
+    trainer = launch(configure(*at, "data.max_prompt_tokens=6", "data.overlong=drop"))
+    assert trainer.tokens.shape == (2, 6)
+    assert "1 of 3 prompts dropped as too long" in trainer.parts.notes[0]
+
+
+def test_verifier_options(configure, monkeypatch):
+    asked = []
+    monkeypatch.setattr(setup.rewards, "make", lambda name, **settings: asked.append((name, settings)))
+    setup.verifier(configure())
+    setup.verifier(configure("data.verifier=math", "data.verifier_workers=3", "data.verifier_timeout=0.5"))
+    assert asked == [("exact", {"workers": 2, "timeout": 5.0}), ("math", {"workers": 3, "timeout": 0.5})]
+
+
+def test_controller_options(configure):
+    def plan(*changes: str):
+        config = configure(*changes)
+        parts, ids = setup.assemble(config), np.arange(config.train.prompts_per_step)
+        return parts.rule.plan(parts.rule.init(jax.random.key(0)), ids, jax.random.key(0))[0]
+
+    assert plan().allocation is None and plan().rollouts.tolist() == [4] * 6
+    assert plan("controller.mean_rollouts=3", "train.prompts_per_step=5").rollouts.tolist() == [3] * 5
+    assert plan("controller.name=rollout_gdro").allocation is not None
+    middle = int(plan().bins[0])
+    assert int(plan("controller.settings.edges=[0.5]").bins[0]) < middle
+    with pytest.raises(InputError, match=r"controller: .*'hysteresi'.*did you mean 'hysteresis'"):
+        plan("controller.settings.hysteresi=0.1")
+
+
+def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
+    """What the evaluator asks of the sampler and of the summary; the sampling itself is tested in its own room."""
+    rows = [{"prompt": f"{i}=", "answer": str(i), "stratum": "ab"[i % 2]} for i in range(6)]
+    asked = {}
+
+    def responses(sampler, prompts, tokenizer, verifier, key, samples, length, **more):
+        asked.update(sampler=sampler.config, ids=[p.id for p in prompts.problems], samples=samples, key=key)
+        yield (
+            [Graded(p.id, rank, "", float(rank == 0), True, True) for p in prompts.problems for rank in range(samples)],
+            7,
+        )
+
+    monkeypatch.setattr(loop.evaluation, "responses", responses)
+    settings = {"temperature": 0.6, "top_p": 0.8, "top_k": 20, "samples": 4, "k": 2, "problems_per_stratum": 1}
+    eval_settings = [f"eval.{name}={value}" for name, value in settings.items()]
+    trainer = launch(configure(*eval_settings, f"eval.data={problems_file(tmp_path, rows)}", "sampling.slots=5"))
+    some, count = trainer._evaluator("model", "key", final=False)
+    assert asked["ids"] == [0, 1] and asked["samples"] == 4 and count == 8
+    sampler = asked["sampler"]
+    assert (sampler.temperature, sampler.top_p, sampler.top_k) == (0.6, 0.8, 20)
+    assert (sampler.max_new_tokens, sampler.slots, sampler.stop_tokens) == (3, 5, (1,))
+    assert some["k"] == 2 and some["overall"]["mean"] == 0.25 and some["overall"]["pass"] == pytest.approx(0.5)
+    assert "mean_interval" not in some["overall"] and some["tokens"] == 7
+    final, count = trainer._evaluator("model", "key", final=True)
+    assert asked["ids"] == list(range(6)) and count == 24 and "mean_interval" in final["overall"]
