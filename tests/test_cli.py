@@ -27,7 +27,7 @@ def keep_signal_handlers():
 def problems(tmp_path):
     """Six problems of two strata."""
     file = tmp_path / "problems.jsonl"
-    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "stratum": "ab"[i % 2]} for i in range(6)]
+    rows = [{"prompt": f"2{i}+{i}=", "answer": str(20 + 2 * i), "stratum": "ab"[i % 2]} for i in range(6)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -195,10 +195,10 @@ def test_eval(tmp_path, problems, capsys):
     assert [(r["problem"], r["rank"]) for r in rows] == [(p, r) for p in range(6) for r in range(4)]
     for row in rows:
         i = row["problem"]
-        assert row["prompt"] == f"{i}+{i}=" and row["answer"] == str(2 * i) and row["stratum"] == "ab"[i % 2]
+        assert row["prompt"] == f"2{i}+{i}=" and row["answer"] == str(20 + 2 * i) and row["stratum"] == "ab"[i % 2]
         assert row["scorable"] and row["score"] == (row["response"].strip() == row["answer"])
     correct = np.bincount([r["problem"] for r in rows], weights=[r["score"] for r in rows], minlength=6)
-    assert correct.sum() > 0  # the base can add
+    assert correct.sum() > 12  # the base can add two digits and one
     strata = ["ab"[i % 2] for i in range(6)]
     want = evaluation.summarise(correct.astype(int), [4] * 6, strata, 2)
     assert summary == json.loads(json.dumps(want))

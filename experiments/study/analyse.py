@@ -90,7 +90,7 @@ def to_level(rollouts: np.ndarray, method: np.ndarray, baseline: np.ndarray, see
 
 def analyse(runs: list[report.Run], base: dict) -> dict:
     """Everything the tables and figures show, as one JSON-able object."""
-    methods = sorted({r.method for r in runs}, key=[r.method for r in runs].index)
+    methods = sorted({r.method for r in runs}, key=lambda m: (m != BASELINE, m))
     by = {m: sorted((r for r in runs if r.method == m), key=lambda r: r.seed) for m in methods}
     seeds = [r.seed for r in by[BASELINE]]
     hard = [s for s, v in base["strata"].items() if v["pass"] < HARD_BELOW]
