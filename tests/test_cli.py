@@ -207,7 +207,7 @@ def test_eval(tmp_path, problems, capsys):
 
 
 def test_compare(tmp_path, tiny_folder, problems, capsys):
-    """Two methods, two seeds, two steps: same prompts and budget, a table, a report; run again it repeats nothing."""
+    """Two methods, two steps: same prompts and budget, a table, a report; run again it repeats nothing."""
     out = tmp_path / "out"
     (tmp_path / "config.yaml").write_text(
         yaml.safe_dump(
@@ -225,15 +225,16 @@ def test_compare(tmp_path, tiny_folder, problems, capsys):
                 "sampling": {"max_new_tokens": 2},
                 "train": {"prompts_per_step": 3},
                 "run": {"steps": 2, "save_model": False},
-            }
+            },
+            sort_keys=False,
         )
     )
-    arguments = ("compare", "--config", tmp_path / "config.yaml", "--compare.seeds", "[3, 4]")
+    arguments = ("compare", "--config", tmp_path / "config.yaml", "--compare.seeds", "[4]")
     assert invoke(*arguments) == 0
     printed = capsys.readouterr()
-    labels = [f"{method}-seed{seed}" for seed in (3, 4) for method in ("uniform", "half")]
+    labels = [f"{method}-seed4" for method in ("uniform", "half")]
     listing = yaml.safe_load((out / "compare.yaml").read_text())
-    assert listing["methods"] == ["uniform", "half"] and listing["seeds"] == [3, 4]
+    assert listing["methods"] == ["uniform", "half"] and listing["seeds"] == [4]
     assert listing["runs"] == {label: {"method": label.split("-")[0], "seed": int(label[-1])} for label in labels}
     page = (out / "report.html").read_text()
     assert "uniform" in page and "half" in page and "uniform" in printed.out and str(out / "report.html") in printed.out
@@ -244,9 +245,8 @@ def test_compare(tmp_path, tiny_folder, problems, capsys):
     config = config_io.load(out / "half-seed4" / "config.yaml")
     assert (config.controller.name, config.train.kl_coef, config.run.seed) == ("uniform", 0.5, 4)
     first = {label: json.loads(text.splitlines()[1]) for label, text in logs.items()}
-    for seed in (3, 4):  # the first step of every method samples the same prompts with the same keys
-        one, two = first[f"uniform-seed{seed}"], first[f"half-seed{seed}"]
-        assert one["strata"] == two["strata"] and one["response_length"] == two["response_length"]
+    one, two = first["uniform-seed4"], first["half-seed4"]  # the same prompts, sampled with the same keys
+    assert one["strata"] == two["strata"] and one["response_length"] == two["response_length"]
     assert invoke(*arguments) == 0
     assert {label: (out / label / "metrics.jsonl").read_text() for label in labels} == logs
 

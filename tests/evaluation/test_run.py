@@ -51,7 +51,8 @@ def sampled(tiny_model, asked, tokenizer):
     first = np.asarray(free(asked.tokens, np.repeat(np.arange(5), SAMPLES), jax.random.key(1), range(5), 8).tokens)
     stops = (1, int(first[0, 0]), int(first[4, 1]))  # a row that is empty without its stop token, one that is short
     sampler = Sampler(tiny_model, SamplingConfig(max_new_tokens=4, temperature=2.0, stop_tokens=stops))
-    out = {}
+    whole = sampler(asked.tokens, np.repeat(np.arange(5), SAMPLES), jax.random.key(1), range(5), 8)
+    out = {"mask": np.asarray(whole.mask)}
     for size in (256, 2):
         verifier = Recorder()
         batches = list(
@@ -90,8 +91,9 @@ def test_counts_add_up(sampled):
         assert counts.correct[p] == sum(len(r.response) % 2 == 0 and bool(r.response) for r in mine)
     assert counts.scorable.sum() < len(rows)  # the empty response is left out
     assert counts.clipped == sum(not r.finished for r in rows) / len(rows) < 1
-    assert counts.tokens == sum(len(r.response) + r.finished for r in rows)  # one token a character, and the stops
-    assert any(not r.finished and len(r.response) == 4 for r in rows)
+    lengths = sampled["mask"].sum(1)
+    assert counts.tokens == lengths.sum() and lengths.min() == 1
+    assert all(length == 4 for length, r in zip(lengths, rows, strict=True) if not r.finished)
 
 
 def test_text_is_without_the_stop_token_only(tokenizer):

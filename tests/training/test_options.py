@@ -204,12 +204,15 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     settings = {"temperature": 0.6, "top_p": 0.8, "top_k": 20, "samples": 4, "k": 2, "problems_per_stratum": 1}
     eval_settings = [f"eval.{name}={value}" for name, value in settings.items()]
     trainer = launch(configure(*eval_settings, f"eval.data={problems_file(tmp_path, rows)}", "sampling.slots=5"))
-    some, count = trainer._evaluator("model", "key", final=False)
+    summaries, count = trainer._evaluator("model", "key", final=False)
+    some = summaries["eval"]
     assert asked["ids"] == [0, 1] and asked["samples"] == 4 and count == 8
     sampler = asked["sampler"]
     assert (sampler.temperature, sampler.top_p, sampler.top_k) == (0.6, 0.8, 20)
     assert (sampler.max_new_tokens, sampler.slots, sampler.stop_tokens) == (3, 5, (1,))
     assert some["k"] == 2 and some["overall"]["mean"] == 0.25 and some["overall"]["pass"] == pytest.approx(0.5)
-    assert "mean_interval" not in some["overall"] and some["tokens"] == 7
+    assert "mean_interval" not in some["overall"] and some["tokens"] == 7 and set(summaries) == {"eval"}
     final, count = trainer._evaluator("model", "key", final=True)
-    assert asked["ids"] == list(range(6)) and count == 24 and "mean_interval" in final["overall"]
+    assert asked["ids"] == list(range(6)) and count == 24
+    assert final["eval"]["overall"]["n"] == 6 and "mean_interval" in final["eval"]["overall"]
+    assert final["eval_part"]["overall"] == some["overall"]  # of the same problems as along the way
