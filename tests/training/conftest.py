@@ -1,6 +1,7 @@
 """A small off-policy step for the tests of the update, and what the tests of the loop start runs with."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
@@ -92,7 +93,10 @@ Configure = Callable[..., Config]
 
 @pytest.fixture
 def configure(tmp_path: pathlib.Path, tiny_folder: pathlib.Path) -> Configure:
-    """configure("train.kl_coef=0", ...) -> a configuration of a short run of the tiny policy."""
+    """configure("train.kl_coef=0", ...) -> a configuration of a short run of the tiny policy on twelve problems."""
+    file = tmp_path / "twelve.jsonl"
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "stratum": "xyz"[i % 3]} for i in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(*overrides: str, output: str = "run") -> Config:
         base = [
@@ -105,6 +109,7 @@ def configure(tmp_path: pathlib.Path, tiny_folder: pathlib.Path) -> Configure:
             "train.learning_rate=0.01",
             "train.warmup_steps=0",
             "sampling.max_new_tokens=3",
+            f"data.train={file}",
             "eval.data=null",
         ]
         return config_io.load(None, [tuple(pair.split("=", 1)) for pair in (*base, *overrides)])

@@ -1,6 +1,5 @@
 """Whole runs of the tiny policy: resuming, counting, compiling once, stopping, refusing."""
 
-import dataclasses
 import json
 import shutil
 
@@ -13,7 +12,8 @@ from gdro_jax.data import prompts as prompt_data
 from gdro_jax.models import hf
 from gdro_jax.training import InputError, config_io, loop
 
-SAMPLED = ("controller.name=joint", "controller.settings.selection=sample", "run.checkpoint_every=2")
+SPREAD = ("controller.settings.statistic=pass_at_k", "controller.settings.k=1")  # bins fill from the second epoch on
+SAMPLED = ("controller.name=joint", "controller.settings.selection=sample", "run.checkpoint_every=2", *SPREAD)
 UNTIMED = ("seconds", "compile_seconds", "eval_seconds")
 
 
@@ -115,7 +115,8 @@ def test_a_folder_of_another_configuration_is_refused(configure, launch, tmp_pat
 
 
 def test_the_step_compiles_once(configure, launch, tmp_path):
-    trainer = launch(configure("controller.name=rollout_gdro", "run.steps=5", "train.minibatches=2"))
+    sample = ("controller.name=rollout_gdro", "controller.settings.selection=sample", *SPREAD)
+    trainer = launch(configure(*sample, "run.steps=5", "train.minibatches=2"))
     records = train(trainer)
     compiles = [record["compiles"] for record in records]
     assert compiles[1] > 0 and compiles[1:] == [compiles[1]] * 4  # none after the second step
@@ -166,14 +167,29 @@ def test_too_many_unscorable_responses_stop_the_run(configure, launch):
 
 
 def test_weights_of_the_current_batch_are_used_and_logged(configure, launch):
-    """With `use_current_batch` even the first step, from a blank state, weighs the bins by their own errors."""
-    late = train(launch(configure("controller.name=prompt_gdro", "run.steps=1", output="late")))[0]
-    early = configure("controller.name=prompt_gdro", "controller.settings.use_current_batch=true", output="early")
-    trainer = launch(dataclasses.replace(early, run=dataclasses.replace(early.run, steps=1)))
-    shown = train(trainer)[0]
-    assert np.nanmax(np.abs(late["bins"]["weight"] - 1)) < 1e-6
-    want = shown["controller"]["weight_per_bin"]
-    np.testing.assert_allclose(shown["bins"]["weight"], want, rtol=1e-6)
+    """With `use_current_batch` a step's weights are those of the state after it; the log shows what was used."""
+    now = ("controller.name=prompt_gdro", "controller.settings.use_current_batch=true", *SPREAD)
+    trainer = launch(configure(*now, "run.steps=3"))
+    update, learn = trainer._update, trainer._learn
+    used, after = [], []
+
+    def watched_update(learner, reference, batch, *more):
+        used.append(np.asarray(batch.weights))
+        return update(learner, reference, batch, *more)
+
+    def watched_learn(collected, clock):
+        out = learn(collected, clock)
+        after.append((collected.plan, np.asarray(trainer.parts.rule.reweigh(out[2], collected.plan))))
+        return out
+
+    trainer._update, trainer._learn = watched_update, watched_learn
+    records = train(trainer)
+    for record, weights, (plan, want) in zip(records, used, after, strict=True):
+        np.testing.assert_allclose(weights, want, rtol=1e-6)
+        for b in set(plan.bins.tolist()):
+            assert record["bins"]["weight"][b] == pytest.approx(weights[plan.bins == b].mean(), rel=1e-5)
+    assert max(w.max() - w.min() for w in used) > 0.01
+    assert any(np.abs(w - plan.weights).max() > 1e-3 for w, (plan, _) in zip(used, after, strict=True))
 
 
 def test_saved_model_is_the_trained_policy(configure, launch, tmp_path, tiny_model):
