@@ -13,10 +13,16 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import importlib.resources
 import pathlib
 
+import hypothesis
 import jax
 import pytest
 
 from gdro_jax.models import hf, qwen3
+
+# The gate draws the same examples every time; `HYPOTHESIS_PROFILE=explore` draws new ones.
+hypothesis.settings.register_profile("gate", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 EMBEDDED = pathlib.Path(str(importlib.resources.files("gdro_jax") / "embedded" / "base"))
 TINY = qwen3.Qwen3Config(

@@ -12,7 +12,7 @@ from gdro_jax.controllers import allocation
 
 LAW = jax.jit(lambda v, w: allocation.square_root_law(v, w, 4.0, 2.0, 12.0))
 ROUND = jax.jit(lambda ideal, budget: allocation.round_to_budget(ideal, budget, 2, 12))
-positive = st.floats(0.0, 4.0, width=32)
+positive = st.floats(0.0, 4.0, width=32, allow_subnormal=False)  # XLA on a CPU counts subnormal numbers as 0
 
 
 def test_without_active_bounds_it_is_the_closed_form():
