@@ -126,7 +126,7 @@ def _small_multiples(groups: Groups, part: str, unit: str) -> Figure | None:
 def reward(groups: Groups) -> Figure | None:
     """Mean training reward, and the share of groups that teach nothing."""
     panels = (
-        ("reward", "mean reward of the step's rollouts", "reward (fraction right)"),
+        ("reward", "mean reward of the step's prompts", "reward (fraction right)"),
         ("all_equal_groups", "groups without a signal", "share of prompts, rewards all alike"),
     )
     return line_panels(groups, panels, width=10, height=3.6, columns=2)

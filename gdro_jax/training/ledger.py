@@ -1,6 +1,7 @@
 """What a run has spent. Comparisons refuse unequal rollouts and report all of it."""
 
 import dataclasses
+import time
 
 
 @dataclasses.dataclass
@@ -27,3 +28,22 @@ class Ledger:
     compile_seconds: float = 0.0
     eval_seconds: float = 0.0
     prompts: int = 0
+
+
+class Clock:
+    """Wall-clock seconds of a step's phases."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._begun = self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Books the time since the last lap under `phase`."""
+        now = time.perf_counter()
+        self.spent[phase] = self.spent.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds from the start to the last lap."""
+        return self._last - self._begun

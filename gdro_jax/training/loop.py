@@ -17,16 +17,15 @@ import numpy as np
 from gdro_jax import controllers, rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.evaluation import run as evaluation
-from gdro_jax.evaluation import summarise
 from gdro_jax.models import hf
-from gdro_jax.sampling import Rollouts, Sampler, SamplingConfig
+from gdro_jax.sampling import Rollouts, Sampler
 from gdro_jax.training import batching, config_io, records, setup, step
 from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
-from gdro_jax.training.ledger import Ledger
+from gdro_jax.training.evaluator import Evaluator
+from gdro_jax.training.ledger import Clock, Ledger
 
-Record = dict[str, Any]
 _PLAN, _SAMPLE, _CUT, _EVAL, _INIT = range(5)  # purposes of random keys
 
 
@@ -88,7 +87,7 @@ class Trainer:
         resumed = self._resume()
         self.log = records.MetricsFile(self.folder / "metrics.jsonl", self.step if resumed else -1)
 
-    def run(self, on_record: Callable[[Record], None], stop: Callable[[], bool] = lambda: False) -> bool:
+    def run(self, on_record: Callable[[records.Record], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains to the last step; True when done, False when `stop` asked for an end (a checkpoint is then saved)."""
         if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps:
             on_record(self._write({"step": 0} | self._evaluate(final=False)))
@@ -104,7 +103,7 @@ class Trainer:
             self._save_model()
         return done
 
-    def one_step(self) -> Record:
+    def one_step(self) -> records.Record:
         """Plans, samples, grades, updates policy and controllers; returns the step's log record."""
         clock = Clock()
         compiled, programs = self.compiles.seconds, self.compiles.count
@@ -142,7 +141,7 @@ class Trainer:
     def _fold(self, purpose: int, number: int = 0) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.key, purpose), number)
 
-    def _collect(self, clock: "Clock") -> Collected:
+    def _collect(self, clock: Clock) -> Collected:
         run, size = self.config.run, self.config.train.prompts_per_step
         ids = prompt_data.order(run.seed, self.ledger.prompts, len(self.parts.train.problems), size)
         plan, rule_state = self._plan(self.state.rule, ids, self._fold(_PLAN, self.step))
@@ -170,9 +169,7 @@ class Trainer:
             )
         return Collected(plan, index, out, grades, cut)
 
-    def _learn(
-        self, collected: Collected, clock: "Clock"
-    ) -> tuple[Collected, step.StepResult, Any, controllers.Outcome]:
+    def _learn(self, collected: Collected, clock: Clock) -> tuple[Collected, step.StepResult, Any, controllers.Outcome]:
         """Updates policy and controllers; the plan returned holds the weights that were used."""
         plan, grades = collected.plan, collected.grades
         outcome = _outcome(collected, len(plan.prompt_ids))
@@ -202,7 +199,7 @@ class Trainer:
 
     def _record(
         self, collected: Collected, result: step.StepResult, rule_state: Any, outcome: controllers.Outcome
-    ) -> Record:
+    ) -> records.Record:
         plan, out, grades = collected.plan, collected.rollouts, collected.grades
         extra = {k: np.asarray(v) for k, v in self._metrics(rule_state, plan).items()}
         num_bins = len(extra["share"])
@@ -216,7 +213,7 @@ class Trainer:
         updates = self.step * self.config.train.minibatches
         return {
             "step": self.step,
-            "reward": float(grades.scores[grades.scorable].mean()) if grades.scorable.any() else None,
+            "reward": records.mean(reward),  # over prompts: rows would count the prompts with more rollouts more
             **metrics,
             "learning_rate": float(step.learning_rate(self.config.train)(updates - 1)),
             "response_length": float(out.mask.sum(1).mean()),
@@ -232,7 +229,7 @@ class Trainer:
             **records.diagnostic_record(bins, self.config.controller.mean_rollouts),
         }
 
-    def _count(self, collected: Collected, clock: "Clock", compiling: float) -> None:
+    def _count(self, collected: Collected, clock: Clock, compiling: float) -> None:
         mask = np.asarray(collected.rollouts.mask)
         self.ledger.rollouts += mask.shape[0]
         self.ledger.tokens += int(mask.sum())
@@ -243,7 +240,7 @@ class Trainer:
         self.ledger.seconds += clock.total - compiling
         self.ledger.compile_seconds += compiling
 
-    def _evaluate(self, final: bool) -> Record:
+    def _evaluate(self, final: bool) -> records.Record:
         assert self._evaluator is not None
         begun = time.perf_counter()
         summaries, rollouts = self._evaluator(self.state.learner.model, self._fold(_EVAL), final)
@@ -251,7 +248,7 @@ class Trainer:
         self.ledger.eval_seconds += time.perf_counter() - begun
         return summaries
 
-    def _write(self, record: Record) -> Record:
+    def _write(self, record: records.Record) -> records.Record:
         record["ledger"] = dataclasses.asdict(self.ledger)
         self.log.write(record)
         return record
@@ -263,75 +260,6 @@ class Trainer:
         self.state, counters = self.checkpoints.restore(latest, self.state)
         self.ledger, self.step = Ledger(**counters), latest
         return True
-
-
-class Evaluator:
-    """Evaluates a policy on the held-out problems, every time with the same keys: differences are paired."""
-
-    def __init__(self, config: Config, parts: setup.Setup, verifier: rewards.Verifier):
-        assert parts.heldout is not None
-        self._config, self._parts, self._verifier = config, parts, verifier
-        self._all = parts.heldout
-        self._some = prompt_data.first_per_stratum(parts.heldout, config.eval.problems_per_stratum)
-        sampling = SamplingConfig(
-            max_new_tokens=config.sampling.max_new_tokens,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
-            top_k=config.eval.top_k,
-            stop_tokens=parts.policy.stop_tokens,
-            slots=config.sampling.slots,
-        )
-        self._sampler = Sampler(parts.policy.model, sampling)
-
-    def __call__(self, model: Any, key: jax.Array, final: bool) -> tuple[Record, int]:
-        """Summaries and the number of responses they took.
-
-        `eval` covers all problems at the end and the first of each stratum along the way; at the end `eval_part` is
-        the summary of the latter too (of the same responses), so that curves compare like with like.
-        """
-        prompts, samples = (self._all if final else self._some), self._config.eval.samples
-        self._sampler.update(model)
-        batches = evaluation.responses(
-            self._sampler,
-            prompts,
-            self._parts.policy.tokenizer,
-            self._verifier,
-            key,
-            samples,
-            self._config.data.max_prompt_tokens or self._all.longest,
-        )
-        counts = evaluation.count(batches, len(self._all.problems))
-        summaries = {
-            "eval": self._summary(counts, prompts, final) | {"tokens": counts.tokens, "clipped": counts.clipped}
-        }
-        if final and self._some is not self._all:
-            summaries["eval_part"] = self._summary(counts, self._some, intervals=False)
-        return summaries, len(prompts.problems) * samples
-
-    def _summary(self, counts: evaluation.Counts, prompts: prompt_data.Prompts, intervals: bool) -> Record:
-        ids = [p.id for p in prompts.problems]
-        strata = [p.stratum for p in prompts.problems]
-        k = self._config.eval.k
-        return dict(summarise(counts.correct[ids], counts.scorable[ids], strata, k, intervals=intervals))
-
-
-class Clock:
-    """Wall-clock seconds of a step's phases."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
-        self._begun = self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Books the time since the last lap under `phase`."""
-        now = time.perf_counter()
-        self.spent[phase] = self.spent.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    @property
-    def total(self) -> float:
-        """Seconds from the start to the last lap."""
-        return self._last - self._begun
 
 
 def _outcome(collected: Collected, num_prompts: int) -> controllers.Outcome:

@@ -5,10 +5,13 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from gdro_jax.controllers import diagnostics
+
+Record = dict[str, Any]  # one line of metrics.jsonl
 
 
 def by_bin(values: np.ndarray, bins: np.ndarray, num_bins: int) -> np.ndarray:
@@ -22,7 +25,7 @@ def by_bin(values: np.ndarray, bins: np.ndarray, num_bins: int) -> np.ndarray:
 def by_stratum(values: np.ndarray, strata: Sequence[str]) -> dict[str, float]:
     """Mean of float[P] over each stratum present."""
     names = np.asarray(strata, dtype=object)
-    return {name: _mean(values[names == name]) for name in sorted(set(strata))}
+    return {name: mean(values[names == name]) for name in sorted(set(strata))}
 
 
 def bin_record(
@@ -113,6 +116,7 @@ def plain(value: object) -> object:
     return number if not isinstance(number, float) or math.isfinite(number) else None
 
 
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
+    """Mean of the finite values of float[P]; NaN where there is none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else math.nan

@@ -57,6 +57,9 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(configure, launch, heldou
     assert lines[6]["controller"]["forced_uniform_share"] is not None
     counts = {tuple(line["bins"]["rollouts"]) for line in lines[1:]}
     assert len(counts) > 1  # the budget did move between bins
+    for line in lines[1:]:  # the reward is a mean over prompts: a prompt with more rollouts counts no more
+        share, reward = line["strata"]["share"], line["strata"]["reward"]
+        assert line["reward"] == pytest.approx(sum(share[s] * reward[s] for s in share))
 
     config = configure(*SAMPLED, *heldout, "run.steps=6", output="parts")
     first = launch(config)

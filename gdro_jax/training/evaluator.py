@@ -1,0 +1,64 @@
+"""Held-out evaluation of the policy along a run and at its end."""
+
+from typing import Any
+
+import jax
+
+from gdro_jax import rewards
+from gdro_jax.data import prompts as prompt_data
+from gdro_jax.evaluation import run as evaluation
+from gdro_jax.evaluation import summarise
+from gdro_jax.sampling import Sampler, SamplingConfig
+from gdro_jax.training import setup
+from gdro_jax.training.config import Config
+from gdro_jax.training.records import Record
+
+
+class Evaluator:
+    """Evaluates a policy on the held-out problems, every time with the same keys: differences are paired."""
+
+    def __init__(self, config: Config, parts: setup.Setup, verifier: rewards.Verifier):
+        assert parts.heldout is not None
+        self._config, self._parts, self._verifier = config, parts, verifier
+        self._all = parts.heldout
+        self._some = prompt_data.first_per_stratum(parts.heldout, config.eval.problems_per_stratum)
+        sampling = SamplingConfig(
+            max_new_tokens=config.sampling.max_new_tokens,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            top_k=config.eval.top_k,
+            stop_tokens=parts.policy.stop_tokens,
+            slots=config.sampling.slots,
+        )
+        self._sampler = Sampler(parts.policy.model, sampling)
+
+    def __call__(self, model: Any, key: jax.Array, final: bool) -> tuple[Record, int]:
+        """Summaries and the number of responses they took.
+
+        `eval` covers all problems at the end and the first of each stratum along the way; at the end `eval_part` is
+        the summary of the latter too (of the same responses), so that curves compare like with like.
+        """
+        prompts, samples = (self._all if final else self._some), self._config.eval.samples
+        self._sampler.update(model)
+        batches = evaluation.responses(
+            self._sampler,
+            prompts,
+            self._parts.policy.tokenizer,
+            self._verifier,
+            key,
+            samples,
+            self._config.data.max_prompt_tokens or self._all.longest,
+        )
+        counts = evaluation.count(batches, len(self._all.problems))
+        summaries = {
+            "eval": self._summary(counts, prompts, final) | {"tokens": counts.tokens, "clipped": counts.clipped}
+        }
+        if final and self._some is not self._all:
+            summaries["eval_part"] = self._summary(counts, self._some, intervals=False)
+        return summaries, len(prompts.problems) * samples
+
+    def _summary(self, counts: evaluation.Counts, prompts: prompt_data.Prompts, intervals: bool) -> Record:
+        ids = [p.id for p in prompts.problems]
+        strata = [p.stratum for p in prompts.problems]
+        k = self._config.eval.k
+        return dict(summarise(counts.correct[ids], counts.scorable[ids], strata, k, intervals=intervals))
