@@ -1,9 +1,10 @@
 # make demo: install and run the main job.   make test: install and run the whole gate.
+# make slow: the long tests.   make lowest: the gate's tests on the lowest versions that pyproject.toml allows.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := gdro_jax experiments tests tpu
 
-.PHONY: demo test slow format lint types unit clean
+.PHONY: demo test slow lowest format lint types unit clean
 
 demo: .venv/installed
 	$(BIN)/gdro compare --config experiments/configs/demo.yaml
@@ -23,6 +24,9 @@ unit: .venv/installed-dev
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -q -m slow
 
+lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
+
 format: .venv/installed-dev
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -40,5 +44,10 @@ format: .venv/installed-dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[dev]'
 	@touch $@ .venv/installed
 
+.venv-lowest/installed: pyproject.toml requirements-lowest.lock
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q --disable-pip-version-check -c requirements-lowest.lock -e '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-lowest build *.egg-info

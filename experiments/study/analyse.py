@@ -1,9 +1,11 @@
 """Turns the study's run folders into `results/`: tables with paired intervals, curves, rollouts to reach a level.
 
     python experiments/study/analyse.py RUNS [RUNS ...] --base BASE_SUMMARY.json [--out experiments/study/results]
+        [--against METHOD=BASELINE ...]
 
 RUNS are folders of `gdro compare`; BASE_SUMMARY is `summary.json` of `gdro eval embedded embedded`. Hard strata are
-those whose base pass@8 is below 0.5. Intervals are 95 %: Student t over paired seeds for differences, the percentile
+those whose base pass@8 is below 0.5. Every method is paired with `uniform`, or with what --against says, on the seeds
+that it has. Intervals are 95 %: Student t over paired seeds for differences, the percentile
 bootstrap over seeds for rollouts to a level.
 """
 
@@ -88,22 +90,25 @@ def to_level(rollouts: np.ndarray, method: np.ndarray, baseline: np.ndarray, see
     }
 
 
-def analyse(runs: list[report.Run], base: dict) -> dict:
+def analyse(runs: list[report.Run], base: dict, against: dict[str, str]) -> dict:
     """Everything the tables and figures show, as one JSON-able object."""
     methods = sorted({r.method for r in runs}, key=lambda m: (m != BASELINE, m))
     by = {m: sorted((r for r in runs if r.method == m), key=lambda r: r.seed) for m in methods}
-    seeds = [r.seed for r in by[BASELINE]]
     hard = [s for s, v in base["strata"].items() if v["pass"] < HARD_BELOW]
-    out: dict = {"base": base, "hard": hard, "seeds": seeds, "methods": {}}
-    reference = final(by[BASELINE])
-    grid, reference_curves = curves(by[BASELINE])
+    out: dict = {"base": base, "hard": hard, "methods": {}}
     for method in methods:
-        if [r.seed for r in by[method]] != seeds:
-            raise SystemExit(f"{method}: seeds {[r.seed for r in by[method]]}, the baseline has {seeds}")
+        baseline = against.get(method, BASELINE)
+        seeds = [r.seed for r in by[method]]
+        paired = [r for r in by[baseline] if r.seed in seeds]
+        if len(paired) != len(seeds):
+            raise SystemExit(f"{method}: seeds {seeds}, its baseline {baseline} has {[r.seed for r in by[baseline]]}")
+        reference, (grid, reference_curves) = final(paired), curves(paired)
         ends, (rollouts, lines) = final(by[method]), curves(by[method])
         if rollouts.tolist() != grid.tolist():
             raise SystemExit(f"{method}: spent {rollouts.tolist()} rollouts, the baseline {grid.tolist()}")
         entry: dict = {
+            "baseline": baseline,
+            "seeds": seeds,
             "rollouts": rollouts.tolist(),
             "final": {},
             "difference": {},
@@ -142,7 +147,7 @@ def markdown(results: dict) -> str:
 
     def signed(method: str, measure: str, stratum: str) -> str:
         mean, low, high = methods[method]["difference"][measure][stratum]
-        return "" if method == BASELINE else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return "" if method == methods[method]["baseline"] else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
     def level(method: str, measure: str, stratum: str) -> str:
         r = methods[method]["to_level"][measure][stratum]
@@ -150,16 +155,27 @@ def markdown(results: dict) -> str:
         def show(x: float | None) -> str:
             return "∞" if x is None else f"{x:.2f}"
 
-        return "" if method == BASELINE else f"{show(r['ratio'])} [{show(r['low'])}, {show(r['high'])}]"
+        return (
+            "" if method == methods[method]["baseline"] else f"{show(r['ratio'])} [{show(r['low'])}, {show(r['high'])}]"
+        )
 
-    text = [f"{len(results['seeds'])} paired seeds; hard strata (base pass@8 < {HARD_BELOW}): {', '.join(hard)}.", ""]
+    counts = sorted({len(m["seeds"]) for m in methods.values()})
+    text = [
+        f"{' or '.join(map(str, counts))} paired seeds; hard strata (base pass@8 < {HARD_BELOW}): {', '.join(hard)}."
+    ]
+    other = {m: entry["baseline"] for m, entry in methods.items() if entry["baseline"] != BASELINE}
+    text += [f"{m} is compared with {b}." for m, b in other.items()] + [""]
     for measure, name in (("mean", "mean@1"), ("pass", "pass@8")):
         groups = ["overall", "hard", *hard]
         text += [f"### {name} at the end", ""]
         text += table(["method", *groups], lambda m, s: f"{methods[m]['final'][measure][s][0]:.3f}", groups)  # noqa: B023
-        text += ["", f"### {name}: paired difference from GRPO at the end, 95 % interval", ""]
+        text += ["", f"### {name}: paired difference from the baseline at the end, 95 % interval", ""]
         text += table(["method", *groups], lambda m, s: signed(m, measure, s), groups)  # noqa: B023
-        text += ["", f"### {name}: rollouts to reach GRPO's final level, as a ratio to GRPO's, 95 % interval", ""]
+        text += [
+            "",
+            f"### {name}: rollouts to reach the baseline's final level, as a ratio to the baseline's, 95 % interval",
+            "",
+        ]
         text += table(["method", *groups[1:]], lambda m, s: level(m, measure, s), groups[1:])  # noqa: B023
         text += [""]
     text += ["### Cost (mean per run; seconds on a shared 2-core machine, evaluation and compilation left out)", ""]
@@ -196,8 +212,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=pathlib.Path)
     parser.add_argument("--base", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    parser.add_argument("--against", nargs="*", default=[], metavar="METHOD=BASELINE")
     args = parser.parse_args()
-    results = analyse(report.read_comparison(args.runs), json.loads(args.base.read_text()))
+    against = dict(pair.split("=", 1) for pair in args.against)
+    results = analyse(report.read_comparison(args.runs), json.loads(args.base.read_text()), against)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / "tables.md").write_text(markdown(results))
