@@ -103,11 +103,12 @@ def evaluate(model: str, problems: str, out: str | None, config: Config) -> int:
     """Evaluates a model folder on a file of problems; prints a table, and with `out` writes everything."""
     changed = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, path=model),
+        model=dataclasses.replace(config.model, path=model, param_dtype=config.model.dtype),  # nothing is trained
         eval=dataclasses.replace(config.eval, data=problems),
     )
     policy = setup.load_policy(changed.model)
     asked, notes = setup.load_prompts(problems, "heldout", policy.tokenizer, changed)
+    setup.check_length(policy, [asked], changed)
     for note in notes:
         sys.stderr.write(note + "\n")
     sampler = Sampler(

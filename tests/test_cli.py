@@ -67,6 +67,15 @@ BAD = {
     "a row that is not JSON": (["train", MODEL, "--data.train={garbled}"], "garbled.jsonl, line 2: is not JSON"),
     "missing problems": (["eval", "{tiny}", "absent.jsonl"], "absent.jsonl: does not exist"),
     "a prompt that is too long": (["train", MODEL, "--data.max_prompt_tokens=2"], "more than the 2 allowed"),
+    "more tokens than the model has positions": (
+        ["train", MODEL, "--sampling.max_new_tokens=125"],
+        "sampling.max_new_tokens=125: with prompts of up to",
+    ),
+    "a response longer than the model has positions": (
+        ["eval", "{tiny}", "embedded", "--sampling.max_new_tokens=125"],
+        "the model has 128 (max_position_embeddings",
+    ),
+    "low parameters under high compute": (["train", "--model.param_dtype=bfloat16"], "model.param_dtype='bfloat16'"),
     "a missing tokenizer": (["train", MODEL, "--model.tokenizer={tmp}"], "holds no tokenizer.json"),
     "an output that is a file": (["train", MODEL, "--run.output={problems}"], "cannot be made a folder"),
     "an unknown command": (["trian"], "invalid choice: 'trian'"),

@@ -49,7 +49,8 @@ def check(config: Config, chip: jax.Device, prompt_tokens: int) -> dict[str, flo
     learner, batch = jax.eval_shape(lambda: arguments_of(config, architecture, prompt_tokens))
     place = jax.sharding.SingleDeviceSharding(chip)
     learner, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (learner, batch))
-    reference = learner.model if config.train.kl_coef > 0 else None
+    reference = jax.eval_shape(qwen3.working, learner.model) if config.train.kl_coef > 0 else None
+    reference = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), reference)
     begun = time.perf_counter()
     lowered = jax.jit(step.update, static_argnames=("config", "temperature")).lower(
         learner, reference, batch, config=config.train, temperature=config.sampling.temperature
@@ -69,7 +70,8 @@ def arguments_of(config: Config, architecture: qwen3.Qwen3Config, length: int) -
     prompts, rows, tokens = config.train.prompts_per_step, config.rows_per_step, config.sampling.max_new_tokens
     rollouts = np.full(prompts, config.controller.mean_rollouts)
     pieces = config.train.minibatches * config.train.microbatches
-    model = qwen3.init(architecture, jax.random.key(0), config.model.dtype)
+    model = qwen3.init(architecture, jax.random.key(0), config.model.param_dtype)
+    model = qwen3.Qwen3(architecture, model.arrays(), config.model.dtype)
     batch = step.Batch(
         prompts=jnp.zeros((prompts, length), jnp.int32),
         prompt_mask=jnp.ones((prompts, length), bool),

@@ -20,7 +20,7 @@ from gdro_jax.models.config import ParamSpec, Qwen3Config, num_params, param_spe
 
 __all__ = [
     "Cache", "ParamSpec", "PromptKV", "Qwen3", "Qwen3Config", "decode", "empty_cache", "extend", "init", "logits",
-    "num_params", "param_specs", "prefill", "row_kv", "stored_shape", "unembed", "unembed_weight",
+    "num_params", "param_specs", "prefill", "row_kv", "stored_shape", "unembed", "unembed_weight", "working",
 ]  # fmt: skip
 
 Aux = TypeVar("Aux")
@@ -30,12 +30,14 @@ _MASKED = -1e30  # finite, so that a row with nothing to attend to gives finite 
 class Qwen3(nnx.Module):
     """A Qwen3 decoder: a pytree of `nnx.Param` arrays, one attribute per entry of `param_specs(config)`.
 
-    It works directly under `jax.jit`, `jax.grad` and optax. The compute dtype is the parameters' dtype; norms,
-    rotary embedding, attention weights and logits are float32.
+    It works directly under `jax.jit`, `jax.grad` and optax. Weights are cast to the compute dtype where they are
+    used, a layer at a time, so float32 parameters can be trained with bfloat16 arithmetic. Whatever the dtypes,
+    norms, rotary embedding, attention weights, logits and sums inside matrix products are float32.
 
     Args:
       config: the architecture (static).
       arrays: one array per name of `param_specs(config)`, of shape `stored_shape(config, spec)`.
+      compute_dtype: of activations and of matrix products' inputs (static); None for the parameters' own.
 
     Raises:
       ValueError: a missing or unexpected name, or a wrong shape.
@@ -45,7 +47,7 @@ class Qwen3(nnx.Module):
     final_norm: nnx.Param[jax.Array]
     lm_head: nnx.Param[jax.Array]  # only where the head is not tied
 
-    def __init__(self, config: Qwen3Config, arrays: dict[str, jax.Array]):
+    def __init__(self, config: Qwen3Config, arrays: dict[str, jax.Array], compute_dtype: str | None = None):
         specs = param_specs(config)
         if set(specs) != set(arrays):
             raise ValueError(f"parameters differ from the configuration: {sorted(set(specs) ^ set(arrays))}")
@@ -54,6 +56,7 @@ class Qwen3(nnx.Module):
             if tuple(arrays[name].shape) != want:
                 raise ValueError(f"{name}: shape {tuple(arrays[name].shape)}, the configuration needs {want}")
         self.config = config
+        self.compute_dtype = compute_dtype
         for name in specs:
             setattr(self, name, nnx.Param(arrays[name]))
 
@@ -91,9 +94,19 @@ def init(config: Qwen3Config, key: jax.Array, dtype: str = "float32") -> Qwen3:
     return Qwen3(config, arrays)
 
 
+def working(model: Qwen3) -> Qwen3:
+    """The model as it computes: every parameter in the compute dtype. The same object if they are so already."""
+    dtype = _compute_dtype(model)
+    arrays = model.arrays()
+    if all(array.dtype == dtype for array in arrays.values()):
+        return model
+    return Qwen3(model.config, {name: array.astype(dtype) for name, array in arrays.items()}, model.compute_dtype)
+
+
 def unembed_weight(model: Qwen3) -> jax.Array:
-    """The output matrix [V, D]: the embedding itself when the head is tied."""
-    return model.embed[...] if model.config.tie_embeddings else model.lm_head[...]
+    """The output matrix [V, D] in the compute dtype: the embedding itself when the head is tied."""
+    weight = model.embed[...] if model.config.tie_embeddings else model.lm_head[...]
+    return weight.astype(_compute_dtype(model))
 
 
 def unembed(model: Qwen3, hidden: jax.Array) -> jax.Array:
@@ -112,7 +125,7 @@ def logits(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> jax.Array:
       float32[N, S, V]; entries at padding are finite and meaningless.
     """
     hidden, _ = _full(model, tokens, mask)
-    return unembed(model, _rms_norm(hidden, model.final_norm[...], model.config.rms_norm_eps))
+    return unembed(model, _final_norm(model, hidden))
 
 
 def prefill(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[PromptKV, jax.Array]:
@@ -129,8 +142,7 @@ def prefill(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[PromptKV,
     hidden, cache = _full(model, tokens, mask)
     length = mask.sum(-1, dtype=jnp.int32)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    last = _rms_norm(last, model.final_norm[...], model.config.rms_norm_eps)
-    return PromptKV(cache.k, cache.v, mask, length), last
+    return PromptKV(cache.k, cache.v, mask, length), _final_norm(model, last)
 
 
 def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, prompt_index: jax.Array) -> jax.Array:
@@ -160,7 +172,7 @@ def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, promp
         return x, None
 
     x, _ = jax.lax.scan(block, _embed(model, jnp.where(mask, tokens, 0)), (_block_weights(model), (kv.k, kv.v)))
-    return _rms_norm(x, model.final_norm[...], model.config.rms_norm_eps)
+    return _final_norm(model, x)
 
 
 def row_kv(kv: PromptKV, prompt_index: jax.Array) -> PromptKV:
@@ -169,10 +181,10 @@ def row_kv(kv: PromptKV, prompt_index: jax.Array) -> PromptKV:
 
 
 def empty_cache(model: Qwen3, rows: int, length: int) -> Cache:
-    """A zeroed cache for `rows` rows of up to `length` tokens, in the parameters' dtype."""
-    c = model.config
+    """A zeroed cache for `rows` rows of up to `length` tokens, in the compute dtype."""
+    c, dtype = model.config, _compute_dtype(model)
     shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
-    return Cache(jnp.zeros(shape, model.embed.dtype), jnp.zeros(shape, model.embed.dtype))
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def decode(model: Qwen3, token: jax.Array, step: jax.Array, kv: PromptKV, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -207,7 +219,7 @@ def decode(model: Qwen3, token: jax.Array, step: jax.Array, kv: PromptKV, cache:
 
     layers = (_block_weights(model), jnp.arange(model.config.num_layers), kv.k, kv.v)
     (x, cache), _ = jax.lax.scan(block, (_embed(model, token[:, None]), cache), layers)
-    return _rms_norm(x[:, 0], model.final_norm[...], model.config.rms_norm_eps), cache
+    return _final_norm(model, x[:, 0]), cache
 
 
 def _full(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Cache]:
@@ -225,8 +237,17 @@ def _full(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, 
     return jax.lax.scan(block, _embed(model, jnp.where(mask, tokens, 0)), _block_weights(model))
 
 
+def _compute_dtype(model: Qwen3) -> jnp.dtype:
+    return jnp.dtype(model.compute_dtype or model.embed.dtype)
+
+
 def _embed(model: Qwen3, tokens: jax.Array) -> jax.Array:
-    return jnp.take(model.embed[...], tokens, axis=0)
+    """Rows are taken before they are cast, so that gradients of a token's many occurrences add up in float32."""
+    return jnp.take(model.embed[...], tokens, axis=0).astype(_compute_dtype(model))
+
+
+def _final_norm(model: Qwen3, x: jax.Array) -> jax.Array:
+    return _rms_norm(x, model.final_norm[...].astype(x.dtype), model.config.rms_norm_eps)
 
 
 def _block_weights(model: Qwen3) -> dict[str, jax.Array]:
@@ -241,7 +262,7 @@ def _block(
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]],
 ) -> tuple[jax.Array, Aux]:
     """One pre-norm block: x [N, S, D], `turn` from `_rotation`; `attend` does the mixing and returns what it keeps."""
-    c, w = config, weights
+    c, w = config, {name: array.astype(x.dtype) for name, array in weights.items()}
     h = _rms_norm(x, w["input_norm"], c.rms_norm_eps)
     q, k, v = (_heads(_matmul(h, w[f"{n}_proj"]) + w.get(f"{n}_bias", 0), c.head_dim) for n in "qkv")
     q = _rope(_rms_norm(q, w["q_norm"], c.rms_norm_eps), turn)

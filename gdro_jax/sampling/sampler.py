@@ -79,12 +79,11 @@ class Sampler:
           index: int32[R], the prompt of each row; identity: int[R], what its random stream is keyed on.
           key: a random key.
         """
+        model = qwen3.working(self._model)  # a copy only while it is used, and only where the dtypes differ
         parts = (index, identity, _ranks(identity))
         slots = min(self.config.slots or len(index), len(index))
         waves = [
-            self._generate(
-                self._model, prompts, prompt_mask, *(_slice(x, start, slots) for x in parts), key, self.config
-            )
+            self._generate(model, prompts, prompt_mask, *(_slice(x, start, slots) for x in parts), key, self.config)
             for start in range(0, len(index), slots)
         ]
         if len(waves) == 1:

@@ -48,18 +48,25 @@ class ModelConfig:
 
     Attributes:
       path: a Hugging Face folder, or `embedded` for the base shipped with the package.
-      dtype: of parameters and compute.
+      dtype: of compute, and of the exported policy: `float32` or `bfloat16`.
+      param_dtype: of the parameters that the optimiser changes, and of its state. A step smaller than 1/256 of a
+        weight is lost in `bfloat16`, which a learning rate of 1e-6 always is; `float32` keeps it.
       tokenizer: a folder with the tokenizer, None for the model's own.
       random_init: seed of a random initialisation from the folder's config.json alone, None to load its weights.
     """
 
     path: str = "embedded"
     dtype: str = "float32"
+    param_dtype: str = "float32"
     tokenizer: str | None = None
     random_init: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.dtype in ("float32", "bfloat16"), "model", "dtype", self.dtype, "float32 or bfloat16")
+        for field in ("dtype", "param_dtype"):
+            value = getattr(self, field)
+            _check(value in ("float32", "bfloat16"), "model", field, value, "float32 or bfloat16")
+        ok = self.param_dtype == "float32" or self.dtype == "bfloat16"
+        _check(ok, "model", "param_dtype", self.param_dtype, "float32 where model.dtype is")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

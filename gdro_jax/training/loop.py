@@ -17,7 +17,7 @@ import numpy as np
 from gdro_jax import controllers, rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.evaluation import run as evaluation
-from gdro_jax.models import hf
+from gdro_jax.models import hf, qwen3
 from gdro_jax.sampling import Rollouts, Sampler
 from gdro_jax.training import batching, config_io, records, setup, step
 from gdro_jax.training.checkpoint import Checkpoints
@@ -67,7 +67,7 @@ class Trainer:
         self.config, self.parts, self.verifier, self.compiles = config, parts, verifier, compiles
         self.key = jax.random.key(config.run.seed)
         self.folder = pathlib.Path(config.run.output)
-        self.reference = parts.policy.model if config.train.kl_coef > 0 else None
+        self.reference = qwen3.working(parts.policy.model) if config.train.kl_coef > 0 else None
         longest = config.data.max_prompt_tokens or parts.train.longest
         self.tokens, self.mask = prompt_data.pad(parts.train.tokens, longest)
         self.strata = np.array([p.stratum for p in parts.train.problems], dtype=object)
@@ -127,7 +127,7 @@ class Trainer:
     def _save_model(self) -> None:
         folder = setup.model_folder(self.config.model.path)
         tokenizer = folder if self.config.model.tokenizer is None else pathlib.Path(self.config.model.tokenizer)
-        hf.save(self.state.learner.model, self.folder / "model", tokenizer_from=tokenizer)
+        hf.save(qwen3.working(self.state.learner.model), self.folder / "model", tokenizer_from=tokenizer)
         file = self.folder / "model" / hf.GENERATION_FILE  # the tokenizer's folder need not say where responses stop
         content = json.loads(file.read_text()) if file.is_file() else {}
         content["eos_token_id"] = list(self.parts.policy.stop_tokens)

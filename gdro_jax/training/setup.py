@@ -2,6 +2,7 @@
 
 import importlib.resources
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -55,14 +56,15 @@ def load_policy(config: ModelConfig) -> Policy:
     if not (tokens_at / "tokenizer.json").is_file():
         raise InputError(f"model.tokenizer: {tokens_at} holds no tokenizer.json")
     if config.random_init is None:
-        model = hf.load(folder, dtype=config.dtype)
+        model = hf.load(folder, dtype=config.param_dtype)
     else:
         key = jax.random.key(config.random_init)
         try:
             architecture = qwen3.Qwen3Config.from_hf(folder)
         except (ValueError, FileNotFoundError) as error:
             raise InputError(f"model.path={config.path!r}: {error}") from None
-        model = qwen3.init(architecture, key, config.dtype)
+        model = qwen3.init(architecture, key, config.param_dtype)
+    model = qwen3.Qwen3(model.config, model.arrays(), config.dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_at)
     stops = prompts.stop_tokens(folder, tokenizer)
     vocab = model.config.vocab_size
@@ -141,7 +143,23 @@ def assemble(config: Config, policy: Policy | None = None) -> Setup:
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"controller: {error}") from None
+    check_length(policy, [p for p in (train, heldout) if p is not None], config)
     return Setup(policy, train, heldout, rule, tuple(notes))
+
+
+def check_length(policy: Policy, asked: Sequence[prompts.Prompts], config: Config) -> None:
+    """Prompt and response together must have a position each.
+
+    Raises:
+      InputError: they may need more than the model has.
+    """
+    longest = config.data.max_prompt_tokens or max(p.longest for p in asked)
+    needed, most = longest + config.sampling.max_new_tokens, policy.model.config.max_positions
+    if needed > most:
+        raise InputError(
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens}: with prompts of up to {longest} tokens that is "
+            f"{needed} positions, the model has {most} (max_position_embeddings in its config.json)"
+        )
 
 
 def claim_folder(path: str, field: str) -> pathlib.Path:

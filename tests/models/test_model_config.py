@@ -7,21 +7,27 @@ import pytest
 from model_cases import BASE, CASES, config, make_model
 
 from gdro_jax.models import qwen3
+from gdro_jax.models.presets import PRESETS
 
-SMALL = {"num_layers": 28, "num_heads": 16, "num_kv_heads": 8, "tie_embeddings": True}
-PUBLISHED = {  # width, MLP width, rest, parameters (the published files count a tied head once)
-    "0.6B": (1024, 3072, SMALL, 596_049_920),
-    "1.7B": (2048, 6144, SMALL, 1_720_574_976),
-    "4B": (2560, 9728, SMALL | {"num_layers": 36, "num_heads": 32}, 4_022_468_096),
-    "8B": (4096, 12288, SMALL | {"num_layers": 36, "num_heads": 32, "tie_embeddings": False}, 8_190_735_360),
+PUBLISHED = {  # parameters of the published files, a tied head counted once
+    "0.6B": 596_049_920,
+    "1.7B": 1_720_574_976,
+    "4B": 4_022_468_096,
+    "8B": 8_190_735_360,
+    "14B": 14_768_307_200,
+    "32B": 32_762_123_264,
 }
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_sizes(size: str) -> None:
-    width, mlp, rest, count = PUBLISHED[size]
-    cfg = config(vocab_size=151_936, hidden_size=width, intermediate_size=mlp, head_dim=128, **rest)
-    assert qwen3.num_params(cfg) == count
+    assert qwen3.num_params(PRESETS[size]) == PUBLISHED[size]
+
+
+def test_every_preset_is_checked() -> None:
+    assert set(PRESETS) == set(PUBLISHED)
+    for preset in PRESETS.values():
+        assert qwen3.Qwen3Config.from_hf(preset.to_hf()) == preset
 
 
 @pytest.mark.parametrize("name", CASES)

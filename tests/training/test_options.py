@@ -26,7 +26,8 @@ SHOWN = {
     "run.log_every": "training/test_records.py::test_progress_off_a_terminal_is_a_line_every_few_steps",
     "run.save_model": "training/test_loop.py::test_saved_model_is_the_trained_policy",
     "model.path": HERE + "model_options",
-    "model.dtype": HERE + "model_options",
+    "model.dtype": HERE + "precision",
+    "model.param_dtype": HERE + "precision",
     "model.tokenizer": HERE + "model_options",
     "model.random_init": HERE + "model_options",
     "data.train": HERE + "data_options",
@@ -110,12 +111,28 @@ def test_seed(configure, launch):
     assert jax.random.key_data(again._fold(0, 1)).tolist() == keys[0]
 
 
+def test_precision(configure, launch):
+    """A learning rate of 1e-6 moves float32 parameters of a policy that computes in bfloat16, but not bfloat16 ones."""
+    moved, at = {}, ("model.dtype=bfloat16", "train.learning_rate=1e-6", "eval.data=null")
+    for dtype in ("float32", "bfloat16"):
+        trainer = launch(configure(*at, f"model.param_dtype={dtype}", output=dtype))
+        before = jax.tree.map(np.asarray, trainer.state.learner.model.arrays())
+        assert {str(x.dtype) for x in before.values()} == {dtype}
+        assert trainer.reference.embed.dtype == jax.numpy.bfloat16
+        trainer.one_step()
+        after = trainer.state.learner.model.arrays()
+        assert after["up_proj"].dtype == before["up_proj"].dtype
+        large = np.abs(before["up_proj"].astype(np.float32)) > 1e-3
+        change = np.abs(np.asarray(after["up_proj"], np.float32) - before["up_proj"].astype(np.float32))[large]
+        moved[dtype] = float((change > 0).mean())
+        assert change.max() < 2e-6
+    assert moved["float32"] > 0.9 and moved["bfloat16"] == 0
+
+
 def test_model_options(configure, tiny_folder, tmp_path):
     policy = setup.load_policy(configure().model)
     assert policy.model.config.hidden_size == 32 and policy.stop_tokens == (1,)
     assert setup.load_policy(configure("model.path=embedded").model).model.config.hidden_size > 32
-    half = setup.load_policy(configure("model.dtype=bfloat16").model).model
-    assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16"}
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
