@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if overrides:
                 parser.error(f"unknown option --{overrides[0][0]}")
             return commands.report(known.folders, known.out)
+        if known.command == "export":
+            if overrides:
+                parser.error(f"unknown option --{overrides[0][0]}")
+            return commands.export(known.source, known.out, known.dtype, known.max_file_bytes)
         config = load(known.config, overrides)
         if known.command == "eval":
             return commands.evaluate(known.model, known.problems, known.out, config)
@@ -72,15 +76,26 @@ def _parser() -> argparse.ArgumentParser:
         "train": "one run; give the same command again to resume it",
         "compare": "several methods on the same prompts, budget and seeds, with a table and a report",
         "eval": "mean@k and pass@k of a model on a file of problems, by stratum, with intervals",
+        "export": "the policy of a run, or of one of its checkpoints, as a Hugging Face folder",
         "report": "figures and report.html of one run, or of several compared",
     }
     for name, text in texts.items():
-        epilog = None if name == "report" else f"Every field, with its default:\n{fields}"
+        epilog = None if name in ("report", "export") else f"Every field, with its default:\n{fields}"
         sub = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         if name == "report":
             sub.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or one folder of a comparison")
             sub.add_argument("--out", metavar="FOLDER", help="where to write; beside the runs by default")
+            continue
+        if name == "export":
+            sub.add_argument("source", help="a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder or name")
+            sub.add_argument("out", help="the folder to make; one that holds a model is replaced as a whole")
+            sub.add_argument(
+                "--dtype",
+                choices=("float32", "bfloat16", "float16"),
+                help="of the tensors; the run's model.dtype by default",
+            )
+            sub.add_argument("--max-file-bytes", type=int, default=5_000_000_000, metavar="N", help="split above it")
             continue
         if name == "eval":
             sub.add_argument("model", help="a Hugging Face folder, a run's model/ folder, or 'embedded'")

@@ -17,6 +17,7 @@ from gdro_jax.evaluation import run as sampling
 from gdro_jax.models.hf import CheckpointError
 from gdro_jax.sampling import Sampler, SamplingConfig
 from gdro_jax.training import config_io, setup
+from gdro_jax.training import export as exporting
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
 from gdro_jax.training.loop import Trainer
@@ -150,6 +151,14 @@ def evaluate(model: str, problems: str, out: str | None, config: Config) -> int:
     print(evaluation.format_summary(summary))
     if folder is not None:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return 0
+
+
+def export(source: str, out: str, dtype: str | None, max_file_bytes: int) -> int:
+    """Writes the policy of a run as a Hugging Face folder and prints where it is."""
+    if max_file_bytes < 1:
+        raise setup.InputError(f"--max-file-bytes={max_file_bytes}: must be at least 1")
+    print(exporting.export(source, out, dtype=dtype, max_file_bytes=max_file_bytes))
     return 0
 
 

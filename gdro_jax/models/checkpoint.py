@@ -15,7 +15,7 @@ from gdro_jax.models.config import Qwen3Config, param_specs
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 READABLE_DTYPES = ("BF16", "F16", "F32", "F64")
-_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_AT_ONCE = 8192
 
 
@@ -85,7 +85,7 @@ def check_tensors(folder: pathlib.Path, config: Qwen3Config, tensors: Mapping[st
     needed = expected_shapes(config)
     spare_head = config.tie_embeddings and _HEAD in tensors
     extra = set(tensors) - set(needed) - ({_HEAD} if spare_head else set())
-    wanted = needed | {_HEAD: needed[_EMBED]} if spare_head else needed
+    wanted = needed | {_HEAD: needed[EMBED]} if spare_head else needed
     problems = []
     if missing := [name for name in needed if name not in tensors]:
         problems.append(f"missing {_some(missing)}")
@@ -99,9 +99,9 @@ def check_tensors(folder: pathlib.Path, config: Qwen3Config, tensors: Mapping[st
         problems.append(f"{_some(odd)}, not one of {', '.join(READABLE_DTYPES)}")
     if problems:
         raise CheckpointError(f"{folder}: tensors do not fit config.json: {'; '.join(problems)}")
-    if spare_head and not _equal(tensors[_HEAD], tensors[_EMBED], config.vocab_size):
+    if spare_head and not _equal(tensors[_HEAD], tensors[EMBED], config.vocab_size):
         raise CheckpointError(
-            f"{folder}: {_HEAD} differs from {_EMBED}, but config.json says tie_word_embeddings=true; "
+            f"{folder}: {_HEAD} differs from {EMBED}, but config.json says tie_word_embeddings=true; "
             "set it to false or remove the tensor"
         )
 

@@ -1,14 +1,16 @@
 """Loading and saving Hugging Face folders: config.json with one or more *.safetensors, as transformers keeps them.
 
-Both directions read `param_specs`, the one description of the parameters, and hold one stacked parameter in host
-memory at a time besides the model (loading) or the file being written (saving).
+Both directions read `param_specs`, the one description of the parameters. Besides the model, loading stages at most
+`_STAGED_BYTES` on the host at a time, saving holds the file that is being written.
 """
 
+import functools
 import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import jax
@@ -16,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from gdro_jax.models import hub
 from gdro_jax.models.checkpoint import (
+    EMBED,
     INDEX_FILE,
     WEIGHTS_FILE,
     CheckpointError,
@@ -30,7 +34,7 @@ from gdro_jax.models.config import ParamSpec, Qwen3Config, param_specs, stored_s
 from gdro_jax.models.qwen3 import Qwen3
 from gdro_jax.models.sharding import param_sharding
 
-__all__ = ["CheckpointError", "CheckpointNotFoundError", "load", "save"]
+__all__ = ["CheckpointError", "CheckpointNotFoundError", "load", "save", "stored_dtype"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = (
@@ -43,6 +47,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 GENERATION_FILE = "generation_config.json"
+_STAGED_BYTES = 1 << 26
 
 
 def load(path: str | os.PathLike[str], dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Qwen3:
@@ -53,7 +58,7 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", mesh: jax.shardin
 
     Args:
       path: a folder with config.json and *.safetensors (one file, or shards with an index), of bfloat16, float16,
-        float32 or float64 tensors.
+        float32 or float64 tensors; or a Hugging Face name (`hub.resolve`).
       dtype: of the parameters and so of the computation: "float32", "bfloat16" or "float16".
       mesh: shards the parameters by `sharding.MESH_AXES`; None puts them on the default device.
 
@@ -64,7 +69,7 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", mesh: jax.shardin
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
-    folder = pathlib.Path(path)
+    folder = hub.resolve(path)
     config = read_config(folder)
     with ExitStack() as files:
         tensors = open_tensors(folder, files)
@@ -75,11 +80,24 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", mesh: jax.shardin
     return Qwen3(config, arrays)
 
 
+def stored_dtype(path: str | os.PathLike[str]) -> str:
+    """The dtype of a folder's embedding, as `load` names it; float32 for what it has no name for.
+
+    Raises:
+      CheckpointError: not a usable checkpoint.
+    """
+    with ExitStack() as files:
+        tensors = open_tensors(pathlib.Path(path), files)
+        name = tensors[EMBED].get_dtype() if EMBED in tensors else ""
+    return {"BF16": "bfloat16", "F16": "float16"}.get(name, "float32")
+
+
 def save(
     model: Qwen3,
     path: str | os.PathLike[str],
     *,
     tokenizer_from: str | os.PathLike[str] | None = None,
+    generation: Mapping[str, object] | None = None,
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a folder that `load` and transformers open with every tensor equal, in the parameters' own dtype.
@@ -91,6 +109,7 @@ def save(
       model: of any sharding, as long as this process can read all of it.
       path: the folder to make; its parents are made too.
       tokenizer_from: a folder whose tokenizer files and generation_config.json are copied.
+      generation: entries of generation_config.json that replace the copied ones, such as `eos_token_id`.
       max_file_bytes: above it the weights are split over several files with an index.
 
     Raises:
@@ -110,6 +129,8 @@ def save(
         _save_tensors(model, partial, max_file_bytes)
         for file in extras:
             shutil.copyfile(file, partial / file.name)
+        if generation is not None:
+            _update_json(partial / GENERATION_FILE, generation)
         if target.exists():
             target.rename(old)
         partial.rename(target)
@@ -127,19 +148,50 @@ def _load_param(
     dtype: np.dtype,
     mesh: jax.sharding.Mesh | None,
 ) -> jax.Array:
+    """A stored parameter on its devices; what several devices hold alike is read once."""
     shape = stored_shape(config, spec)
     if mesh is None:
-        return jax.device_put(_read(config, spec, tensors, dtype, tuple(slice(0, n) for n in shape)))
-    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share one read
+        whole = tuple(slice(0, n) for n in shape)
+        return _place(config, spec, tensors, dtype, whole, [None])[0]
+    sharding = param_sharding(config, spec, mesh)
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        cuts = (slice(None),) * len(shape) if index is None else index
+        holders.setdefault(tuple(cut.indices(n)[:2] for cut, n in zip(cuts, shape, strict=True)), []).append(device)
+    parts = [
+        part
+        for ends, devices in holders.items()
+        for part in _place(config, spec, tensors, dtype, tuple(slice(*cut) for cut in ends), devices)
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = (slice(None),) * len(shape) if index is None else index
-        whole = tuple(slice(*cut.indices(n)[:2]) for cut, n in zip(index, shape, strict=True))
-        if str(whole) not in parts:
-            parts[str(whole)] = _read(config, spec, tensors, dtype, whole)
-        return parts[str(whole)]
 
-    return jax.make_array_from_callback(shape, param_sharding(config, spec, mesh), part)
+def _place(
+    config: Qwen3Config,
+    spec: ParamSpec,
+    tensors: Mapping[str, TensorSlice],
+    dtype: np.dtype,
+    index: tuple[slice, ...],
+    devices: Sequence[jax.Device | None],
+) -> list[jax.Array]:
+    """The part `index` of a parameter on each of the devices, staged a few rows of its first axis at a time."""
+    shape = tuple(cut.stop - cut.start for cut in index)
+    rows = max(1, _STAGED_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+    if rows >= shape[0]:
+        whole = _read(config, spec, tensors, dtype, index)
+        return [jax.device_put(whole, device) for device in devices]
+    out = [jnp.zeros(shape, dtype, device=device) for device in devices]
+    for start in range(index[0].start, index[0].stop, rows):
+        some = slice(start, min(start + rows, index[0].stop))
+        staged = _read(config, spec, tensors, dtype, (some, *index[1:]))
+        out = jax.block_until_ready([_fill(part, staged, start - index[0].start) for part in out])
+        del staged  # before the next rows are
+    return out
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(whole: jax.Array, rows: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, rows, start, axis=0)
 
 
 def _read(
@@ -196,6 +248,11 @@ def _batches(tensors: Iterator[tuple[str, np.ndarray]], most: int) -> Iterator[d
         batch[name] = array
         size += array.nbytes
     yield batch
+
+
+def _update_json(file: pathlib.Path, changes: Mapping[str, object]) -> None:
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | dict(changes), indent=2) + "\n")
 
 
 def _tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -6,6 +6,7 @@ Randomness is stateless (every key derives from seed, step and purpose) and the 
 
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -51,6 +52,26 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for Orbax to finish and lets go of the folder."""
         self._manager.close()
+
+
+def restore_part(folder: pathlib.Path, paths: Sequence[str]) -> dict[str, jax.Array]:
+    """Some arrays of one checkpoint, such as the policy's alone, on the default device; nothing else is read.
+
+    Args:
+      folder: `checkpoints/STEP` of a run.
+      paths: of leaves, as `jax.tree_util.keystr` writes them.
+
+    Raises:
+      KeyError: a path that the checkpoint does not hold.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        held = reader.metadata(folder.resolve() / "arrays").item_metadata.tree
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {path: jax.ShapeDtypeStruct(held[path].shape, held[path].dtype, sharding=place) for path in paths}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, partial_restore=True, restore_args=restore_args)
+        return reader.restore(folder.resolve() / "arrays", args=args)
 
 
 def _flat(tree: Any) -> dict[str, Any]:

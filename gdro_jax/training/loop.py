@@ -5,7 +5,6 @@ that is stopped and resumed goes on exactly as if it had not been.
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -17,13 +16,14 @@ import numpy as np
 from gdro_jax import controllers, rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.evaluation import run as evaluation
-from gdro_jax.models import hf, qwen3
+from gdro_jax.models import qwen3
 from gdro_jax.sampling import Rollouts, Sampler
 from gdro_jax.training import batching, config_io, records, setup, step
 from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
 from gdro_jax.training.evaluator import Evaluator
+from gdro_jax.training.export import save_policy
 from gdro_jax.training.ledger import Clock, Ledger
 
 _PLAN, _SAMPLE, _CUT, _EVAL, _INIT = range(5)  # purposes of random keys
@@ -100,7 +100,8 @@ class Trainer:
         self.save()
         done = self.step >= self.config.run.steps
         if done and self.config.run.save_model:
-            self._save_model()
+            policy, tokens_at = self.parts.policy, setup.tokenizer_folder(self.config.model)
+            save_policy(self.state.learner.model, self.folder / "model", tokens_at, policy.stop_tokens)
         return done
 
     def one_step(self) -> records.Record:
@@ -123,15 +124,6 @@ class Trainer:
     def save(self) -> None:
         """Checkpoints everything under the present step."""
         self.checkpoints.save(self.step, self.state, dataclasses.asdict(self.ledger))
-
-    def _save_model(self) -> None:
-        folder = setup.model_folder(self.config.model.path)
-        tokenizer = folder if self.config.model.tokenizer is None else pathlib.Path(self.config.model.tokenizer)
-        hf.save(qwen3.working(self.state.learner.model), self.folder / "model", tokenizer_from=tokenizer)
-        file = self.folder / "model" / hf.GENERATION_FILE  # the tokenizer's folder need not say where responses stop
-        content = json.loads(file.read_text()) if file.is_file() else {}
-        content["eos_token_id"] = list(self.parts.policy.stop_tokens)
-        file.write_text(json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:
         """Closes files; safe after an error."""

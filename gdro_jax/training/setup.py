@@ -10,7 +10,7 @@ import transformers
 
 from gdro_jax import controllers, rewards
 from gdro_jax.data import procedural, prompts, sources
-from gdro_jax.models import hf, qwen3
+from gdro_jax.models import hf, hub, qwen3
 from gdro_jax.training.config import Config, ModelConfig
 
 
@@ -36,23 +36,32 @@ class Setup(NamedTuple):
     notes: tuple[str, ...]
 
 
-def model_folder(path: str) -> pathlib.Path:
-    """The folder of a model; `embedded` is the base that ships with the package."""
+def model_folder(path: str, weights: bool = True) -> pathlib.Path:
+    """The folder of a model; `embedded` is the base that ships with the package, a Hugging Face name is downloaded.
+
+    Raises:
+      CheckpointError: a name that cannot be had, or not of a dense Qwen3; one line.
+    """
     if path == "embedded":
         return pathlib.Path(str(importlib.resources.files("gdro_jax") / "embedded" / "base"))
-    return pathlib.Path(path)
+    return hub.resolve(path, weights)
+
+
+def tokenizer_folder(config: ModelConfig) -> pathlib.Path:
+    """Where the tokenizer is: `model.tokenizer`, or the model's own folder; the errors of `model_folder`."""
+    return model_folder(config.path if config.tokenizer is None else config.tokenizer, weights=False)
 
 
 def load_policy(config: ModelConfig) -> Policy:
     """Model, tokenizer and stop tokens.
 
     Raises:
-      InputError: a missing folder or file, or one that does not fit.
+      InputError, CheckpointError: a missing folder or file, or one that does not fit.
     """
-    folder = model_folder(config.path)
+    folder = model_folder(config.path, weights=config.random_init is None)
     if not folder.is_dir():
         raise InputError(f"model.path={config.path!r}: no such folder; expected config.json and *.safetensors in it")
-    tokens_at = folder if config.tokenizer is None else pathlib.Path(config.tokenizer)
+    tokens_at = tokenizer_folder(config)
     if not (tokens_at / "tokenizer.json").is_file():
         raise InputError(f"model.tokenizer: {tokens_at} holds no tokenizer.json")
     if config.random_init is None:

@@ -45,7 +45,7 @@ def refused(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
         raise AssertionError("device memory was taken before the folder was checked")
 
     with monkeypatch.context() as patch:
-        for name in ("device_put", "make_array_from_callback"):
+        for name in ("device_put", "make_array_from_single_device_arrays"):
             patch.setattr(jax, name, forbidden)
         with pytest.raises(hf.CheckpointError) as error:
             hf.load(path)
@@ -63,6 +63,26 @@ def edit_tensors(path: pathlib.Path, **changes: np.ndarray | None) -> None:
         if value is not None:
             tensors[name] = value
     save_file(tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize("mesh", [None, (4, 2)], ids=["one device", "eight"])
+def test_a_model_is_staged_a_few_rows_at_a_time(
+    mesh: tuple[int, int] | None, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than the limit, or one row where a row is more, is on the host at a time; the result is the same."""
+    sizes: list[int] = []
+    read = hf._read
+
+    def spy(*args: object) -> np.ndarray:
+        part = read(*args)  # type: ignore[arg-type]
+        sizes.append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(hf, "_read", spy)
+    monkeypatch.setattr(hf, "_STAGED_BYTES", 1000)
+    on = None if mesh is None else jax.make_mesh(mesh, ("fsdp", "tensor"))
+    assert_same(hf.load(folder, mesh=on), make_model(BASE))
+    assert max(sizes) == (32 * 48 * 4 if mesh is None else 31 * 8 * 4)  # a layer of q_proj; 31 rows of the embedding
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
