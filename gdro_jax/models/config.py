@@ -10,6 +10,8 @@ import math
 import pathlib
 from collections.abc import Mapping
 
+from gdro_jax.models.rope import RopeScaling, scaling_from_hf, scaling_to_hf
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3Config:
@@ -33,6 +35,7 @@ class Qwen3Config:
     tie_embeddings: bool = True
     attention_bias: bool = False
     max_positions: int = 32_768
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
@@ -49,6 +52,8 @@ class Qwen3Config:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            raise ValueError(f"rope_scaling={self.rope_scaling!r}: must be a RopeScaling or None")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: must be even, rotary embedding turns pairs")
 
@@ -74,18 +79,30 @@ class Qwen3Config:
         if missing:
             raise ValueError(f"config.json: missing {', '.join(missing)}")
         fields = _HF_DEFAULTS | {ours: raw[hf] for hf, ours in _HF_FIELDS.items() if raw.get(hf) is not None}
-        return cls(**fields, rope_theta=_rope_theta(raw))  # type: ignore[arg-type]
+        plain, turn = cls(**fields), _rope(raw)  # type: ignore[arg-type]
+        theta = turn["rope_theta"]
+        if isinstance(theta, bool) or not isinstance(theta, int | float):
+            raise ValueError(f"rope_theta={theta!r}: must be a finite number above 0")
+        scaling = scaling_from_hf(turn, plain.max_positions)
+        return dataclasses.replace(plain, rope_theta=float(theta), rope_scaling=scaling)
 
     def to_hf(self) -> dict[str, object]:
         """The `config.json` that `from_hf` reads back to an equal configuration and transformers opens."""
         fields: dict[str, object] = {theirs: getattr(self, ours) for theirs, ours in _HF_FIELDS.items()}
+        scaling = None if self.rope_scaling is None else scaling_to_hf(self.rope_scaling)
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
             "hidden_act": "silu",
             **fields,
             "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
         }
+
+    @property
+    def positions(self) -> int:
+        """The longest text, prompt and response together, that the model has positions for."""
+        return self.max_positions if self.rope_scaling is None else max(self.max_positions, self.rope_scaling.positions)
 
 
 _HF_FIELDS = {
@@ -125,15 +142,12 @@ def _read_config(path: pathlib.Path) -> Mapping[str, object]:
     return raw
 
 
-def _rope_theta(raw: Mapping[str, object]) -> float:
-    """RoPE base from either layout: `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise ValueError(f"rope_scaling={scaling!r}: expected an object")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type={kind!r}: only 'default' is supported")
-    return float(scaling.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+def _rope(raw: Mapping[str, object]) -> Mapping[str, object]:
+    """RoPE settings from either layout: `rope_theta` and `rope_scaling` (transformers 4), `rope_parameters` (5)."""
+    entry = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"rope_scaling={entry!r}: expected an object")
+    return {"rope_theta": raw.get("rope_theta", 10_000.0)} | dict(entry)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

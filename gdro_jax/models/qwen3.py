@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gdro_jax.models import rope
 from gdro_jax.models.config import ParamSpec, Qwen3Config, num_params, param_specs, stored_shape
 
 __all__ = [
@@ -265,8 +266,8 @@ def _block(
     c, w = config, {name: array.astype(x.dtype) for name, array in weights.items()}
     h = _rms_norm(x, w["input_norm"], c.rms_norm_eps)
     q, k, v = (_heads(_matmul(h, w[f"{n}_proj"]) + w.get(f"{n}_bias", 0), c.head_dim) for n in "qkv")
-    q = _rope(_rms_norm(q, w["q_norm"], c.rms_norm_eps), turn)
-    k = _rope(_rms_norm(k, w["k_norm"], c.rms_norm_eps), turn)
+    q = rope.rotate(_rms_norm(q, w["q_norm"], c.rms_norm_eps), turn)
+    k = rope.rotate(_rms_norm(k, w["k_norm"], c.rms_norm_eps), turn)
     mixed, aux = attend(q, k, v)
     x = x + _matmul(mixed.reshape(*x.shape[:2], -1), w["o_proj"]) + w.get("o_bias", 0)
     h = _rms_norm(x, w["post_norm"], c.rms_norm_eps)
@@ -290,19 +291,7 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def _rotation(config: Qwen3Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine float32[N, S, 1, C / 2] of the rotary angles at int32[N, S], the same in every layer."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rope(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of [N, S, heads, C], first half paired with second as in the published checkpoints."""
-    half = x.shape[-1] // 2
-    cos, sin = turn
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return rope.rotation(config.head_dim, config.rope_theta, config.rope_scaling, positions)
 
 
 def _attention(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:

@@ -163,7 +163,7 @@ def check_length(policy: Policy, asked: Sequence[prompts.Prompts], config: Confi
       InputError: they may need more than the model has.
     """
     longest = config.data.max_prompt_tokens or max(p.longest for p in asked)
-    needed, most = longest + config.sampling.max_new_tokens, policy.model.config.max_positions
+    needed, most = longest + config.sampling.max_new_tokens, policy.model.config.positions
     if needed > most:
         raise InputError(
             f"sampling.max_new_tokens={config.sampling.max_new_tokens}: with prompts of up to {longest} tokens that is "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdro_jax.models import qwen3
+from gdro_jax.models.rope import RopeScaling
 
 BASE = qwen3.Qwen3Config(
     vocab_size=53,
@@ -37,6 +38,21 @@ CASES: dict[str, qwen3.Qwen3Config] = {
     "untied": config(tie_embeddings=False),
     "rope_base": config(rope_theta=1_000_000.0),
     "rope_base_small": config(rope_theta=50.0),
+    "rope_yarn": config(rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_positions=16)),
+    "rope_yarn_settings": config(
+        rope_theta=500.0,
+        head_dim=32,
+        rope_scaling=RopeScaling(
+            kind="yarn",
+            factor=3.0,
+            original_positions=40,
+            beta_fast=4.0,
+            beta_slow=0.5,
+            attention_factor=1.3,
+            truncate=False,
+        ),
+    ),
+    "rope_linear": config(rope_scaling=RopeScaling(kind="linear", factor=2.5, original_positions=64)),
     "norm_eps": config(rms_norm_eps=0.1),
     "one_layer": config(num_layers=1),
     "five_layers": config(num_layers=5),

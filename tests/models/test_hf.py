@@ -248,7 +248,10 @@ def test_a_truncated_file_is_refused(keep: int, folder: pathlib.Path, monkeypatc
         ({"hidden_size": "32"}, "hidden_size='32'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling factor=None"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}}, "rope_scaling: mscale not supported"),
+        ({"rope_theta": "big"}, "rope_theta='big'"),
     ],
 )
 def test_another_architecture_is_refused(

@@ -1,13 +1,16 @@
 """The configuration and the one description of the parameters."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_cases import BASE, CASES, config, make_model
 
-from gdro_jax.models import qwen3
+from gdro_jax.models import qwen3, rope
 from gdro_jax.models.presets import PRESETS
+from gdro_jax.models.rope import RopeScaling
 
 PUBLISHED = {  # parameters of the published files, a tied head counted once
     "0.6B": 596_049_920,
@@ -74,3 +77,38 @@ def test_wrong_arrays_are_refused() -> None:
         qwen3.Qwen3(BASE, {name: array for name, array in arrays.items() if name != "final_norm"})
     with pytest.raises(ValueError, match=r"embed: shape \(2, 2\)"):
         qwen3.Qwen3(BASE, arrays | {"embed": jnp.zeros((2, 2))})
+
+
+def test_yarn_makes_room_for_more_positions_and_linear_does_not() -> None:
+    assert BASE.positions == 64
+    assert CASES["rope_yarn_settings"].positions == 120
+    assert CASES["rope_yarn"].positions == 64  # 4 * 16
+    assert CASES["rope_linear"].positions == 64
+
+
+def test_yarn_keeps_fast_frequencies_and_divides_slow_ones() -> None:
+    """Qwen3's own: head 128, base 1e6, factor 4 over 32,768; turns above 32 are kept, below 1 divided by 4."""
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_positions=32_768)
+    plain, one = rope.frequencies(128, 1e6, None)
+    stretched, factor = rope.frequencies(128, 1e6, scaling)
+    turns = plain * 32_768 / (2 * np.pi)
+    np.testing.assert_allclose(stretched[turns > 40], plain[turns > 40], rtol=1e-6)
+    np.testing.assert_allclose(stretched[turns < 0.8], plain[turns < 0.8] / 4, rtol=1e-6)
+    assert one == 1.0 and abs(factor - 1.1386294) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"kind": "ntk"}, "rope_type='ntk'"),
+        ({"factor": 0.5}, "factor=0.5: must be at least 1"),
+        ({"factor": float("nan")}, "factor=nan"),
+        ({"beta_fast": -1.0}, "beta_fast=-1.0"),
+        ({"original_positions": 0}, "original_max_position_embeddings=0"),
+        ({"truncate": 1}, "truncate=1"),
+    ],
+)
+def test_a_bad_rope_scaling_is_named(changes: dict[str, object], text: str) -> None:
+    fields = {"kind": "yarn", "factor": 4.0, "original_positions": 64} | changes
+    with pytest.raises(ValueError, match=re.escape(text)):
+        RopeScaling(**fields)
