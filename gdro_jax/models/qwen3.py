@@ -1,7 +1,7 @@
-"""The Qwen3 policy in Flax: two calls, `prefill` and `extend`, shared by the sampler and the trainer.
+"""The Qwen3 policy in Flax: `prefill` and `extend`, shared by the sampler and the trainer.
 
-`prefill` runs each prompt once and returns its keys and values; `extend` runs response tokens over them, one at
-a time with a cache (sampler) or all at once (trainer). Both go through `_decoder`, so sampler and trainer cannot
+`prefill` runs each prompt once and returns its keys and values; `extend` runs whole responses over them (trainer), and
+`decode.decode` one token at a time with a cache (sampler). All go through `_block`, so sampler and trainer cannot
 disagree. Blocks are stacked on a leading axis and scanned: program size does not grow with depth.
 
 Architecture: Qwen3 Technical Report, arXiv 2505.09388 (section 2), as published in `Qwen/Qwen3-*-Base`.
@@ -20,8 +20,8 @@ from gdro_jax.models import rope
 from gdro_jax.models.config import ParamSpec, Qwen3Config, num_params, param_specs, stored_shape
 
 __all__ = [
-    "Cache", "ParamSpec", "PromptKV", "Qwen3", "Qwen3Config", "decode", "empty_cache", "extend", "init", "logits",
-    "num_params", "param_specs", "prefill", "row_kv", "stored_shape", "unembed", "unembed_weight", "working",
+    "ParamSpec", "PromptKV", "Qwen3", "Qwen3Config", "extend", "init", "logits", "num_params", "param_specs",
+    "prefill", "stored_shape", "unembed", "unembed_weight", "working",
 ]  # fmt: skip
 
 Aux = TypeVar("Aux")
@@ -73,13 +73,6 @@ class PromptKV(NamedTuple):
     v: jax.Array
     mask: jax.Array
     length: jax.Array
-
-
-class Cache(NamedTuple):
-    """A row's own keys and values: k, v [layers, R, T, K, C], filled from the left."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 def init(config: Qwen3Config, key: jax.Array, dtype: str = "float32") -> Qwen3:
@@ -140,10 +133,10 @@ def prefill(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[PromptKV,
       The prompts' keys and values, and the final hidden state [P, D] of each prompt's last token, from which
       the first response token is predicted.
     """
-    hidden, cache = _full(model, tokens, mask)
+    hidden, (k, v) = _full(model, tokens, mask)
     length = mask.sum(-1, dtype=jnp.int32)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    return PromptKV(cache.k, cache.v, mask, length), _final_norm(model, last)
+    return PromptKV(k, v, mask, length), _final_norm(model, last)
 
 
 def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, prompt_index: jax.Array) -> jax.Array:
@@ -176,63 +169,16 @@ def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, promp
     return _final_norm(model, x)
 
 
-def row_kv(kv: PromptKV, prompt_index: jax.Array) -> PromptKV:
-    """Each row's own copy of its prompt's keys and values, for `decode`."""
-    return PromptKV(kv.k[:, prompt_index], kv.v[:, prompt_index], kv.mask[prompt_index], kv.length[prompt_index])
-
-
-def empty_cache(model: Qwen3, rows: int, length: int) -> Cache:
-    """A zeroed cache for `rows` rows of up to `length` tokens, in the compute dtype."""
-    c, dtype = model.config, _compute_dtype(model)
-    shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def decode(model: Qwen3, token: jax.Array, step: jax.Array, kv: PromptKV, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Runs one more token per row.
-
-    Args:
-      token: int32[R], each row's response token number `step`.
-      step: int32 scalar, the same for every row.
-      kv: row-aligned prompt keys and values (`row_kv`).
-      cache: the rows' own keys and values, of which the first `step` positions are filled.
-
-    Returns:
-      The final hidden state [R, D], which predicts response token `step + 1`, and the cache with one more filled.
-    """
-    turn = _rotation(model.config, kv.length[:, None] + step)
-    own = jnp.broadcast_to(jnp.arange(cache.k.shape[2]) <= step, (token.shape[0], 1, cache.k.shape[2]))
-    seen = kv.mask[:, None, :]
-
-    def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
-        x, cache = carry
-        weights, number, prompt_k, prompt_v = layer
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
-            at = (number, 0, step, 0, 0)
-            filled = Cache(
-                jax.lax.dynamic_update_slice(cache.k, k[None], at), jax.lax.dynamic_update_slice(cache.v, v[None], at)
-            )
-            return _attention(q, [(prompt_k, prompt_v, seen), (filled.k[number], filled.v[number], own)]), filled
-
-        x, cache = _block(model.config, weights, x, turn, attend)
-        return (x, cache), None
-
-    layers = (_block_weights(model), jnp.arange(model.config.num_layers), kv.k, kv.v)
-    (x, cache), _ = jax.lax.scan(block, (_embed(model, token[:, None]), cache), layers)
-    return _final_norm(model, x[:, 0]), cache
-
-
-def _full(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Cache]:
+def _full(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Causal self-attention over whole sequences: hidden states before the final norm, and keys and values."""
     turn = _rotation(model.config, jnp.maximum(jnp.cumsum(mask, -1) - 1, 0))
     steps = jnp.arange(tokens.shape[1])
     causal = (steps[None, :, None] >= steps[None, None, :]) & mask[:, None, :]
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
-        return _attention(q, [(k, v, causal)]), Cache(k, v)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return _attention(q, [(k, v, causal)]), (k, v)
 
-    def block(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, Cache]:
+    def block(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return _block(model.config, weights, x, turn, attend)
 
     return jax.lax.scan(block, _embed(model, jnp.where(mask, tokens, 0)), _block_weights(model))

@@ -1,7 +1,8 @@
 """The sampling loop."""
 
 from gdro_jax.sampling.config import SamplingConfig
-from gdro_jax.sampling.generate import Rollouts, generate, row_keys
+from gdro_jax.sampling.rollouts import Progress, Rollouts, empty
 from gdro_jax.sampling.sampler import Sampler
+from gdro_jax.sampling.segment import row_keys
 
-__all__ = ["Rollouts", "Sampler", "SamplingConfig", "generate", "row_keys"]
+__all__ = ["Progress", "Rollouts", "Sampler", "SamplingConfig", "empty", "row_keys"]

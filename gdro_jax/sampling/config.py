@@ -12,8 +12,13 @@ class SamplingConfig:
       temperature: divides the logits; 0 is greedy.
       top_p: keep the smallest set of tokens whose probability reaches this; 1.0 keeps all.
       top_k: keep this many most likely tokens; 0 keeps all.
+      min_p: keep tokens at least this share as likely as the likeliest; 0.0 keeps all.
       stop_tokens: ids that end a row; the stop token itself belongs to the response.
-      slots: most rows decoded at a time, None for all at once.
+      min_new_tokens: fewest tokens of a response, its stop token included: no stop token is drawn before.
+      slots: most rows decoded at a time; a waiting row enters a slot at the step its last row ended. None for all at
+        once.
+      segment: most tokens a row is decoded between two looks of the host, which hands over finished rows, reports
+        progress and heeds an interrupt there.
 
     Raises:
       ValueError: naming the field, the value and what is allowed.
@@ -23,8 +28,11 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     stop_tokens: tuple[int, ...] = ()
+    min_new_tokens: int = 1
     slots: int | None = None
+    segment: int = 32
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -35,6 +43,13 @@ class SamplingConfig:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k}: must be 0 (off) or above")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p}: must be in 0..1; 0 keeps all")
+        if not 1 <= self.min_new_tokens <= self.max_new_tokens:
+            allowed = f"must be in 1..max_new_tokens={self.max_new_tokens}"
+            raise ValueError(f"min_new_tokens={self.min_new_tokens}: {allowed}")
+        if self.segment < 1:
+            raise ValueError(f"segment={self.segment}: must be at least 1")
         if any(t < 0 for t in self.stop_tokens):
             raise ValueError(f"stop_tokens={self.stop_tokens}: ids must be 0 or above")
         if self.slots is not None and self.slots < 1:
@@ -42,5 +57,6 @@ class SamplingConfig:
 
     @property
     def truncates(self) -> bool:
-        """Whether the distribution sampled from differs from the policy itself."""
-        return self.temperature != 1.0 or self.top_p < 1.0 or self.top_k > 0
+        """Whether anything is cut off, so that what is sampled from differs from the policy at the temperature."""
+        short = self.min_new_tokens > 1 and bool(self.stop_tokens)
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0 or short

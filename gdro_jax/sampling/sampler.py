@@ -2,38 +2,44 @@
 
 import collections
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
 from gdro_jax.models import qwen3
+from gdro_jax.sampling import placement
 from gdro_jax.sampling.config import SamplingConfig
-from gdro_jax.sampling.generate import Rollouts, generate, row_keys
+from gdro_jax.sampling.programs import Programs
+from gdro_jax.sampling.rollouts import Progress, Rollouts, book, empty
 
 
 class Sampler:
     """Samples responses of a model.
 
     A row's tokens depend on the key, its prompt and its rank among that prompt's rollouts alone: not on slots, the
-    order of prompts or rows, or padding.
+    order of prompts or rows, padding, or the mesh.
 
     Args:
       model: the policy; `update` replaces it without compiling anew.
       config: what is drawn and when a row stops.
+      mesh: rows lie along all its axes but `tensor`, heads along that one; None for one device.
 
     Raises:
-      ValueError: a stop token outside the vocabulary.
+      ValueError: a stop token outside the vocabulary, or nothing but stop tokens where a response has a least length.
     """
 
-    def __init__(self, model: qwen3.Qwen3, config: SamplingConfig):
+    def __init__(self, model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None = None):
         vocab = model.config.vocab_size
         outside = [t for t in config.stop_tokens if t >= vocab]
         if outside:
             raise ValueError(f"stop_tokens={outside}: outside the vocabulary of {vocab}")
+        if config.min_new_tokens > 1 and len(set(config.stop_tokens)) == vocab:
+            raise ValueError(f"min_new_tokens={config.min_new_tokens}: must be 1 where every token is a stop token")
         self.config = config
         self._model = model
-        self._generate = jax.jit(_generate, static_argnames="config")
+        self._programs = Programs(config, mesh)
+        self.slot_steps = 0
 
     def update(self, model: qwen3.Qwen3) -> None:
         """Samples from `model` from now on."""
@@ -46,6 +52,7 @@ class Sampler:
         key: jax.Array,
         prompt_ids: Sequence[int] | np.ndarray | None = None,
         prompt_length: int | None = None,
+        limits: Sequence[int] | np.ndarray | None = None,
     ) -> Rollouts:
         """Samples one response per row.
 
@@ -55,45 +62,81 @@ class Sampler:
           key: a random key.
           prompt_ids: an identity per prompt for its random stream; by default a checksum of its tokens.
           prompt_length: pad prompts to this length instead of the next power of two, to keep one compiled shape.
+          limits: int32[R], most tokens of each row; `max_new_tokens` by default.
 
         Raises:
           ValueError: an empty prompt, a prompt longer than `prompt_length`, a token outside the vocabulary, no rows,
-            or an index outside the prompts.
+            an index outside the prompts, or limits that are not one in 1..max_new_tokens for each row.
         """
         index = np.asarray(prompt_index, np.int32)
         tokens, mask = self._pad(prompts, prompt_length)
         if not index.size or index.min() < 0 or index.max() >= len(prompts):
             raise ValueError(f"prompt_index: needs at least one row and values in 0..{len(prompts) - 1}")
+        if limits is not None:
+            limits = np.asarray(limits, np.int32)
+            longest = self.config.max_new_tokens
+            if limits.shape != index.shape or limits.min() < 1 or limits.max() > longest:
+                raise ValueError(f"limits: needs {len(index)} of them, in 1..max_new_tokens={longest}")
         ids = np.array([zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts], np.uint32)
         if prompt_ids is not None:
             ids = np.asarray(prompt_ids).astype(np.uint32)
-        return self.rows(tokens, mask, index, ids[index], key)
+        return self.rows(tokens, mask, index, ids[index], key, limits)
 
     def rows(
-        self, prompts: np.ndarray, prompt_mask: np.ndarray, index: np.ndarray, identity: np.ndarray, key: jax.Array
+        self,
+        prompts: np.ndarray,
+        prompt_mask: np.ndarray,
+        index: np.ndarray,
+        identity: np.ndarray,
+        key: jax.Array,
+        limits: np.ndarray | None = None,
     ) -> Rollouts:
-        """Samples one response per row of padded prompts, without any check.
+        """Samples one response per row of padded prompts, without any check; see `stream`."""
+        out = empty(len(index), self.config.max_new_tokens)
+        for _ in self.stream(out, prompts, prompt_mask, index, identity, key, limits):
+            pass
+        return out
+
+    def stream(
+        self,
+        out: Rollouts,
+        prompts: np.ndarray,
+        prompt_mask: np.ndarray,
+        index: np.ndarray,
+        identity: np.ndarray,
+        key: jax.Array,
+        limits: np.ndarray | None = None,
+    ) -> Iterator[Progress]:
+        """Samples into `out` and says, a segment at a time, which rows ended; the next segment runs meanwhile.
 
         Args:
+          out: `rollouts.empty(R, max_new_tokens)`; a row of it is final once it is in some `Progress.rows`.
           prompts: int32[P, L], padded on the right, with bool[P, L] `prompt_mask`.
           index: int32[R], the prompt of each row; identity: int[R], what its random stream is keyed on.
           key: a random key.
+          limits: int32[R], most tokens of each row; None for `max_new_tokens`.
         """
         model = qwen3.working(self._model)  # a copy only while it is used, and only where the dtypes differ
-        parts = (index, identity, _ranks(identity))
-        slots = min(self.config.slots or len(index), len(index))
-        waves = [
-            self._generate(model, prompts, prompt_mask, *(_slice(x, start, slots) for x in parts), key, self.config)
-            for start in range(0, len(index), slots)
-        ]
-        if len(waves) == 1:
-            return waves[0]
-        return jax.tree.map(lambda *wave: np.concatenate(wave)[: len(index)], *waves)
-
-    def slot_steps(self, mask: np.ndarray) -> int:
-        """Row positions decoded, useful or idle, for responses of this mask bool[R, T]."""
-        lengths, slots = mask.sum(1), min(self.config.slots or len(mask), len(mask))
-        return sum(slots * int(lengths[start : start + slots].max()) for start in range(0, len(mask), slots))
+        if limits is None:
+            limits = np.full(len(index), self.config.max_new_tokens, np.int32)
+        asked, row_of = placement.place(
+            prompts, prompt_mask, index, identity, ranks(identity), limits, self._programs.shards
+        )
+        slots = -(-min(self.config.slots or len(index), len(index)) // self._programs.shards)
+        decoding, context = self._programs.start(model, asked, key, slots)
+        self.slot_steps = done = tokens = 0
+        look = decoding.advance(context)
+        while True:
+            seen = jax.device_get(look)
+            self.slot_steps += int(seen.slot_steps)
+            if seen.live:
+                decoding.move(int(seen.live), int(seen.waiting), int(seen.longest))
+                look = decoding.advance(context)
+            ended = book(out, seen.drawn, row_of)
+            done, tokens = done + len(ended), tokens + int((seen.drawn.row >= 0).sum())
+            yield Progress(ended, done, len(index), tokens, self.slot_steps)
+            if not seen.live:
+                return
 
     def _pad(self, prompts: Sequence[Sequence[int]], length: int | None) -> tuple[np.ndarray, np.ndarray]:
         sizes = [len(p) for p in prompts]
@@ -111,20 +154,7 @@ class Sampler:
         return tokens, np.arange(width) < np.asarray(sizes)[:, None]
 
 
-def _generate(
-    model: qwen3.Qwen3,
-    tokens: jax.Array,
-    mask: jax.Array,
-    index: jax.Array,
-    identity: jax.Array,
-    ranks: jax.Array,
-    key: jax.Array,
-    config: SamplingConfig,
-) -> Rollouts:
-    return generate(model, tokens, mask, index, row_keys(key, identity, ranks), config)
-
-
-def _ranks(identity: np.ndarray) -> np.ndarray:
+def ranks(identity: np.ndarray) -> np.ndarray:
     """Rank of each row among the rows of the same prompt, in row order: int32[R]."""
     seen: collections.Counter[int] = collections.Counter()
     ranks = np.empty(len(identity), np.int32)
@@ -132,9 +162,3 @@ def _ranks(identity: np.ndarray) -> np.ndarray:
         ranks[row] = seen[i]
         seen[i] += 1
     return ranks
-
-
-def _slice(rows: np.ndarray, start: int, size: int) -> np.ndarray:
-    """`size` rows from `start`, the last wave filled up by repeating its final row."""
-    part = rows[start : start + size]
-    return np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])

@@ -146,7 +146,7 @@ class Trainer:
         ids = plan.prompt_ids
         self._sampler.update(self.state.learner.model)
         key = self._fold(_SAMPLE, self.step)
-        out = jax.device_get(self._sampler.rows(self.tokens[ids], self.mask[ids], index, ids[index], key))
+        out = self._sampler.rows(self.tokens[ids], self.mask[ids], index, ids[index], key)
         clock.lap("sample")
         said = evaluation.texts(out, self.parts.policy.tokenizer, self.parts.policy.stop_tokens)
         answers = [self.parts.train.problems[plan.prompt_ids[i]].answer for i in index]
@@ -226,7 +226,7 @@ class Trainer:
         self.ledger.rollouts += mask.shape[0]
         self.ledger.tokens += int(mask.sum())
         self.ledger.scored += int(collected.grades.scorable.sum())
-        self.ledger.slot_steps += self._sampler.slot_steps(mask)
+        self.ledger.slot_steps += self._sampler.slot_steps
         self.ledger.prompts += len(collected.plan.prompt_ids)
         clock.lap("record")
         self.ledger.seconds += clock.total - compiling

@@ -103,7 +103,7 @@ def test_text_is_without_the_stop_token_only(tokenizer):
     for row, text in enumerate(rows):
         ids = [*tokenizer.encode(text), stop][:4]
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-    out = Rollouts(tokens, mask, np.zeros((4, 4)), mask.sum(1) < 4)
+    out = Rollouts(tokens, mask, np.zeros((4, 4)), mask.sum(1) < 4, np.zeros((4, 4)))
     assert run.texts(out, tokenizer, (stop,)) == rows
     assert run.texts(out, tokenizer, (stop, pad)) == rows
     assert run.texts(out, tokenizer, ()) == ["12<|endoftext|>", "3<|endoftext|>", "<|endoftext|>", "4567"]
@@ -111,5 +111,5 @@ def test_text_is_without_the_stop_token_only(tokenizer):
 
 def test_spaces_are_kept(tokenizer):
     ids = tokenizer.encode(" 1 , 2 .")
-    out = Rollouts(np.array([ids]), np.ones((1, len(ids)), bool), None, None)
+    out = Rollouts(np.array([ids]), np.ones((1, len(ids)), bool), None, None, None)
     assert run.texts(out, tokenizer, ()) == [" 1 , 2 ."]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from model_cases import BASE, CASES, make_model, make_tokens
 
-from gdro_jax.models import qwen3
+from gdro_jax.models import decode, qwen3
 
 PROMPTS, ROWS, L, T = 3, 7, 6, 5
 PROMPT_INDEX = np.array([2, 0, 0, 1, 2, 2, 0], np.int32)
@@ -37,16 +37,17 @@ def by_extend(model: qwen3.Qwen3) -> jax.Array:
     return qwen3.unembed(model, jnp.concatenate([last[PROMPT_INDEX][:, None], hidden], 1))
 
 
-def by_decode(model: qwen3.Qwen3) -> jax.Array:
-    """The same by `prefill` and a token at a time."""
+def by_decode(model: qwen3.Qwen3, tile: int = 2) -> jax.Array:
+    """The same by `prefill` and a token at a time, every row in a slot of its own."""
     prompts, responses = batch(model.config)
     kv, last = qwen3.prefill(model, prompts, jnp.asarray(PROMPT_MASK))
-    kv = qwen3.row_kv(kv, jnp.asarray(PROMPT_INDEX))
-    cache = qwen3.empty_cache(model, ROWS, T + 2)  # longer than needed: what is not filled must not be seen
+    prompt = jnp.asarray(PROMPT_INDEX)
+    shared, tiles = decode.lay_out(kv), decode.tiles_of(prompt, PROMPTS, tile)
+    cache = decode.empty_cache(shared, ROWS, T + 2)  # longer than needed: what is not filled must not be seen
     cache = jax.tree.map(lambda x: x + 1e3, cache)
 
-    def step(cache: qwen3.Cache, at: jax.Array) -> tuple[qwen3.Cache, jax.Array]:
-        hidden, cache = qwen3.decode(model, responses[:, at], at, kv, cache)
+    def step(cache: decode.Cache, at: jax.Array) -> tuple[decode.Cache, jax.Array]:
+        hidden, cache = decode.decode(model, responses[:, at], jnp.full(ROWS, at), prompt, shared, tiles, cache)
         return cache, hidden
 
     _, hidden = jax.lax.scan(step, cache, jnp.arange(T))

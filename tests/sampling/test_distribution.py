@@ -107,6 +107,11 @@ def test_temperature_is_a_power_of_the_probabilities():
         ({"top_p": 0.75}, [0, 3 / 9, 4 / 9, 2 / 9]),
         ({"top_p": 0.95}, [0.1, 0.3, 0.4, 0.2]),
         ({"top_k": 3, "top_p": 0.75}, [0, 3 / 7, 4 / 7, 0]),  # 4/9 + 3/9 of what top-k left reaches 0.75
+        ({"min_p": 0.5}, [0, 3 / 9, 4 / 9, 2 / 9]),  # one half of the likeliest is still kept
+        ({"min_p": 0.6}, [0, 3 / 7, 4 / 7, 0]),
+        ({"min_p": 1.0}, [0, 0, 1, 0]),
+        ({"temperature": 0.5, "min_p": 0.5}, [0, 9 / 25, 16 / 25, 0]),  # of the probabilities after the temperature
+        ({"top_p": 0.75, "min_p": 0.6}, [0, 3 / 7, 4 / 7, 0]),
         ({"temperature": 0.5, "top_p": 0.75}, [0, 9 / 25, 16 / 25, 0]),  # 16/30 + 9/30 after the temperature
     ],
 )
@@ -140,6 +145,12 @@ def test_what_is_cut_off_is_never_drawn():
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_k", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", float("nan")),
+        ("min_new_tokens", 0),
+        ("min_new_tokens", 5),
+        ("segment", 0),
         ("stop_tokens", (3, -1)),
         ("slots", 0),
     ],
@@ -152,7 +163,15 @@ def test_a_bad_setting_names_itself(field, value):
 
 @pytest.mark.parametrize(
     ("settings", "truncates"),
-    [({}, False), ({"temperature": 0.7}, True), ({"top_p": 0.9}, True), ({"top_k": 5}, True)],
+    [
+        ({}, False),
+        ({"temperature": 0.7}, False),  # the policy at a temperature is what the trainer computes
+        ({"top_p": 0.9}, True),
+        ({"top_k": 5}, True),
+        ({"min_p": 0.1}, True),
+        ({"min_new_tokens": 2, "stop_tokens": (1,)}, True),
+        ({"min_new_tokens": 2}, False),  # nothing stops a row early
+    ],
 )
 def test_truncates(settings, truncates):
-    assert SamplingConfig(max_new_tokens=1, **settings).truncates is truncates
+    assert SamplingConfig(max_new_tokens=2, **settings).truncates is truncates

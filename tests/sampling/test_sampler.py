@@ -123,13 +123,6 @@ def test_slots_change_nothing(tiny_model, out, slots):
     np.testing.assert_allclose(got.logprobs, out.logprobs, atol=1e-5)
 
 
-def test_slot_steps_count_idle_positions(tiny_model):
-    mask = np.arange(5) < np.array([[1], [5], [2], [2], [3]])
-    assert sampler(tiny_model).slot_steps(mask) == 5 * 5
-    assert sampler(tiny_model, slots=2).slot_steps(mask) == 2 * 5 + 2 * 2 + 2 * 3
-    assert sampler(tiny_model, slots=9).slot_steps(mask) == 5 * 5
-
-
 def test_row_order_changes_nothing(free, out):
     """A row is known by its prompt and its rank among that prompt's rows, whatever stands between them."""
     order = np.array([3, 9, 0, 5, 4, 1, 6, 2, 7, 8])  # ranks within each prompt keep their order

@@ -1,0 +1,169 @@
+"""The compiled programs of sampling on one device or a mesh, and the shapes they go through.
+
+A *stage* is a shape of the slots: how many, and how many positions their cache has. Decoding starts with all slots and
+a short cache, lengthens the cache when a row outgrows it, and halves the slots as rows end once none waits. So the
+cache follows the longest row alive rather than the longest allowed, and few slots idle at the end.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from gdro_jax.models import decode, qwen3
+from gdro_jax.sampling import segment
+from gdro_jax.sampling.config import SamplingConfig
+
+Array = jax.Array | np.ndarray
+TENSOR_AXIS = "tensor"
+_SHORTEST_WINDOW, _FEWEST_SLOTS, _HALVINGS, _LARGEST_TILE = 64, 4, 3, 8
+_AT_ONCE = 2**30  # more slots than there can be: a segment that ends before its first step
+
+
+class Stage(NamedTuple):
+    """Slots of a shard, and positions of their cache."""
+
+    slots: int
+    window: int
+
+
+class Asked(NamedTuple):
+    """A call, shards one after the other.
+
+    Attributes:
+      tokens: int32[D * P, L] prompts padded on the right, mask bool[D * P, L].
+      prompt, identity, rank, limit: int32[D * R]; number: int32[D] real rows of each shard.
+    """
+
+    tokens: Array
+    mask: Array
+    prompt: Array
+    identity: Array
+    rank: Array
+    limit: Array
+    number: Array
+
+
+def stages(config: SamplingConfig, slots: int) -> tuple[list[Stage], list[Stage]]:
+    """Stages with all slots, their windows doubling, and those that follow them, their slots halving."""
+    longest = config.max_new_tokens
+    windows, rungs = [longest], [slots]
+    if longest > config.segment:
+        while len(windows) <= 2 and windows[0] >= 2 * _SHORTEST_WINDOW:
+            windows.insert(0, (windows[0] + 1) // 2)
+        while len(rungs) <= _HALVINGS and rungs[-1] >= 2 * _FEWEST_SLOTS:
+            rungs.append((rungs[-1] + 1) // 2)
+    return [Stage(slots, window) for window in windows], [Stage(n, longest) for n in rungs[1:]]
+
+
+class Programs:
+    """`start`, `decode` and `move`, compiled once per shape.
+
+    Args:
+      config: of sampling.
+      mesh: rows lie along all its axes but `tensor`, heads along that one; None for one device.
+    """
+
+    def __init__(self, config: SamplingConfig, mesh: jax.sharding.Mesh | None):
+        self._config, self._mesh = config, mesh
+        self.axes = () if mesh is None else tuple(a for a in mesh.axis_names if a != TENSOR_AXIS)
+        self.shards = 1 if mesh is None else int(np.prod([mesh.shape[a] for a in self.axes], dtype=int))
+        every, split = PartitionSpec(), PartitionSpec(self.axes)
+        second = PartitionSpec(None, self.axes)
+        context = segment.Context(decode.Prompts(second, second, split), split, split)  # type: ignore[arg-type]
+        state = segment.State(split, split, split, split, second)  # type: ignore[arg-type]
+        self._split = split
+        self._start = self._compiled(
+            _start, (every, split, every), (context, state), static=("slots", "window", "impl")
+        )
+        step = functools.partial(segment.segment, config=config, axes=self.axes)
+        self._segment = self._compiled(step, (every, context, state, every), (state, every), static=("tile",), donate=2)
+        self._move = self._compiled(segment.resize, (state,), state, static=("slots", "window"))
+        self._warm: set[tuple[int, ...]] = set()
+
+    def start(self, model: qwen3.Qwen3, asked: Asked, key: jax.Array, slots: int) -> tuple["Decoding", segment.Context]:
+        """Prompts run and first rows seated; at a new shape every program is compiled before that."""
+        tile = min(_LARGEST_TILE, 1 << max(0, (len(asked.prompt) // len(asked.tokens)).bit_length() - 1))
+        growing, shrinking = stages(self._config, slots)
+        on_devices = jax.tree.map(lambda x: self._put(x, self._split), asked)
+        seed, impl = self._put(np.asarray(jax.random.key_data(key)), PartitionSpec()), str(jax.random.key_impl(key))
+        begin = functools.partial(
+            self._start, model, on_devices, seed, slots=slots, window=growing[0].window, impl=impl
+        )
+        decoding = Decoding(growing, shrinking, functools.partial(self._segment, model, tile=tile), self._move)
+        shape = (*asked.tokens.shape, len(asked.prompt), slots)
+        if shape not in self._warm:
+            decoding.warm_up(*begin())
+            self._warm.add(shape)
+        context, decoding.state = begin()
+        return decoding, context
+
+    def _compiled(
+        self, function: Callable, specs: tuple, out: object, static: tuple[str, ...], donate: int | None = None
+    ):
+        def run(*args, **settings):
+            inner = functools.partial(function, **settings)
+            if self._mesh is not None:
+                inner = jax.shard_map(
+                    inner, mesh=self._mesh, in_specs=specs, out_specs=out, axis_names=set(self.axes), check_vma=False
+                )
+            return inner(*args)
+
+        return jax.jit(run, static_argnames=static, donate_argnums=() if donate is None else donate)
+
+    def _put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array | np.ndarray:
+        if self._mesh is None:
+            return array
+        place = jax.sharding.NamedSharding(self._mesh, spec)
+        return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
+
+
+class Decoding:
+    """One call on its way through the stages."""
+
+    state: segment.State
+
+    def __init__(self, growing: list[Stage], shrinking: list[Stage], segment_: Callable, move: Callable):
+        self._growing, self._shrinking = growing, shrinking
+        self._segment, self._move = segment_, move
+        self._window = self._rung = 0  # windows passed, and rungs of slots passed
+
+    def warm_up(self, context: segment.Context, state: segment.State) -> None:
+        """Goes through every stage without a step, which compiles it."""
+        for at, stage in enumerate(self._growing):
+            if at:
+                state = self._move(state, **stage._asdict())
+            state, _ = self._segment(context, state, np.int32(_AT_ONCE))
+            if self._shrinking:
+                small = self._move(state, **self._shrinking[0]._asdict())
+        for at, stage in enumerate(self._shrinking):
+            small = self._move(small, **stage._asdict()) if at else small
+            small, _ = self._segment(context, small, np.int32(_AT_ONCE))
+
+    def advance(self, context: segment.Context) -> segment.Look:
+        """Decodes one segment more; returns before it is done."""
+        last = self._rung == len(self._shrinking)
+        leave_at = 0 if last else self._shrinking[self._rung].slots
+        self.state, look = self._segment(context, self.state, np.int32(leave_at))
+        return look
+
+    def move(self, live: int, waiting: int, longest: int) -> None:
+        """Moves on to the shape that the rows left need."""
+        while waiting == 0 and self._rung < len(self._shrinking) and live <= self._shrinking[self._rung].slots:
+            self.state = self._move(self.state, **self._shrinking[self._rung]._asdict())
+            self._rung += 1
+        while self._rung == 0 and longest >= self._growing[self._window].window:
+            self._window += 1
+            self.state = self._move(self.state, **self._growing[self._window]._asdict())
+
+
+def _start(
+    model: qwen3.Qwen3, asked: Asked, seed: jax.Array, slots: int, window: int, impl: str
+) -> tuple[segment.Context, segment.State]:
+    tokens, mask, prompt, identity, rank, limit, number = map(jnp.asarray, asked)
+    keys = segment.row_keys(jax.random.wrap_key_data(seed, impl=impl), identity, rank)
+    return segment.start(model, tokens, mask, segment.Rows(prompt, keys, limit, number), slots, window)

@@ -1,0 +1,198 @@
+"""The compiled part of sampling: slots that decode rows, and rows that enter at the step their slot falls free.
+
+Letters: S slots, R rows, N steps of a segment, W positions of the response cache, P prompts, L prompt tokens. All
+numbers are those of one shard of the mesh: shards decode their own rows and wait for nobody within a segment.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gdro_jax.models import decode, qwen3
+from gdro_jax.sampling.config import SamplingConfig
+from gdro_jax.sampling.distribution import sample
+
+
+class Rows(NamedTuple):
+    """R rows in the order they enter.
+
+    Attributes:
+      prompt: int32[R]; keys: one random key each; limit: int32[R], most tokens of each.
+      number: int32[1], how many are real; the others stand last.
+    """
+
+    prompt: jax.Array
+    keys: jax.Array
+    limit: jax.Array
+    number: jax.Array
+
+
+class Context(NamedTuple):
+    """What decoding reads and never changes: prompts, rows, and the hidden state [P, D] before each first token."""
+
+    prompts: decode.Prompts
+    last: jax.Array
+    rows: Rows
+
+
+class State(NamedTuple):
+    """Slots between segments.
+
+    Attributes:
+      row: int32[S], the row in each slot, -1 for none.
+      position: int32[S], tokens drawn for it so far.
+      hidden: [S, D], predicts its next token.
+      entered: int32[1], rows that have had a slot.
+      cache: of the slots.
+    """
+
+    row: jax.Array
+    position: jax.Array
+    hidden: jax.Array
+    entered: jax.Array
+    cache: decode.Cache
+
+
+class Drawn(NamedTuple):
+    """Tokens of a segment, [N, S] each: of which row, at which position, and whether the row ended with it.
+
+    `row` is -1 where a slot was idle or the segment was over; `stopped` where the token is a stop token.
+    """
+
+    row: jax.Array
+    position: jax.Array
+    token: jax.Array
+    logprob: jax.Array
+    policy_logprob: jax.Array
+    ended: jax.Array
+    stopped: jax.Array
+
+
+class Look(NamedTuple):
+    """What the host sees of a segment.
+
+    Attributes:
+      drawn: of all shards' slots.
+      live, waiting, longest: int32, the largest over shards of rows in slots, rows without one, and tokens of a row
+        in a slot; the shapes that come next must hold every shard.
+      slot_steps: int32, steps times slots over all shards.
+    """
+
+    drawn: Drawn
+    live: jax.Array
+    waiting: jax.Array
+    longest: jax.Array
+    slot_steps: jax.Array
+
+
+def row_keys(key: jax.Array, prompt_ids: jax.Array, ranks: jax.Array) -> jax.Array:
+    """One key per row from its prompt's identity and its rank among that prompt's rollouts, both int32[R]."""
+    return jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(prompt_ids, ranks)
+
+
+def start(
+    model: qwen3.Qwen3, tokens: jax.Array, mask: jax.Array, rows: Rows, slots: int, window: int
+) -> tuple[Context, State]:
+    """Runs the prompts int32[P, L] and seats the first rows."""
+    kv, last = qwen3.prefill(model, tokens, mask)
+    prompts = decode.lay_out(kv)
+    seat = jnp.arange(slots, dtype=jnp.int32)
+    row = jnp.where(seat < rows.number, seat, -1)
+    state = State(
+        row=row,
+        position=jnp.zeros(slots, jnp.int32),
+        hidden=last[rows.prompt[jnp.maximum(row, 0)]],
+        entered=jnp.minimum(rows.number, slots),
+        cache=decode.empty_cache(prompts, slots, window),
+    )
+    return Context(prompts, last, rows), state
+
+
+def resize(state: State, slots: int, window: int) -> State:
+    """The same rows in other shapes, rows in use first; they must fit."""
+    keep = jnp.argsort(state.row < 0, stable=True)[:slots]
+    return State(
+        state.row[keep],
+        state.position[keep],
+        state.hidden[keep],
+        state.entered,
+        decode.resize(state.cache, keep, window),
+    )
+
+
+def segment(
+    model: qwen3.Qwen3,
+    context: Context,
+    state: State,
+    leave_at: jax.Array,
+    config: SamplingConfig,
+    tile: int,
+    axes: tuple[str, ...] = (),
+) -> tuple[State, Look]:
+    """Decodes until `config.segment` steps are done, a row has outgrown its window, or few rows are left.
+
+    Args:
+      model: the policy.
+      context: prompts and rows.
+      state: the slots; a row in a slot may have filled its window, then nothing is decoded.
+      leave_at: int32, end when so many rows are left and none waits, 0 to go on to the last.
+      config: static, as are the others that follow.
+      tile: slots that read a prompt together (`decode.tiles_of`).
+      axes: mesh axes that the shards lie along.
+    """
+    steps, slots, window = config.segment, state.row.shape[0], state.cache.k.shape[3]
+    stops = jnp.asarray(config.stop_tokens, jnp.int32)
+
+    def goes_on(carry: tuple[jax.Array, State, Drawn]) -> jax.Array:
+        step, state, _ = carry
+        live = state.row >= 0
+        return (step < steps) & (live.sum() > leave_at) & (jnp.where(live, state.position, 0).max() < window)
+
+    def one_step(carry: tuple[jax.Array, State, Drawn]) -> tuple[jax.Array, State, Drawn]:
+        step, state, so_far = carry
+        rows, row = context.rows, jnp.maximum(state.row, 0)
+        live = state.row >= 0
+        out = sample(qwen3.unembed(model, state.hidden), rows.keys[row], state.position, config)
+        stopped = live & (out.token[:, None] == stops).any(-1)
+        ended = live & (stopped | (state.position + 1 >= rows.limit[row]))
+        now = Drawn(state.row, state.position, out.token, out.logprob, out.policy_logprob, ended, stopped)
+        so_far = Drawn(*(x.at[step].set(y) for x, y in zip(so_far, now, strict=True)))
+
+        prompt = rows.prompt[row]
+        tiles = decode.tiles_of(prompt, context.last.shape[0], tile)
+        hidden, cache = decode.decode(model, out.token, state.position, prompt, context.prompts, tiles, state.cache)
+
+        following = state.entered + jnp.cumsum(ended) - 1
+        enters = ended & (following < rows.number)
+        row = jnp.where(enters, following, jnp.where(ended, -1, state.row))
+        return (
+            step + 1,
+            State(
+                row=row,
+                position=jnp.where(live & ~ended, state.position + 1, 0),
+                hidden=jnp.where(enters[:, None], context.last[rows.prompt[jnp.maximum(row, 0)]], hidden),
+                entered=state.entered + enters.sum(dtype=jnp.int32),
+                cache=cache,
+            ),
+            so_far,
+        )
+
+    def blank(value: int | bool, dtype: jax.typing.DTypeLike) -> jax.Array:
+        return jnp.full((steps, slots), value, dtype)
+
+    numbers = [blank(0, jnp.float32)] * 2
+    nothing = Drawn(blank(-1, jnp.int32), *[blank(0, jnp.int32)] * 2, *numbers, *[blank(False, bool)] * 2)
+    done, state, drawn = jax.lax.while_loop(goes_on, one_step, (jnp.int32(0), state, nothing))
+    return state, _look(done, state, drawn, context.rows.number, axes)
+
+
+def _look(done: jax.Array, state: State, drawn: Drawn, number: jax.Array, axes: tuple[str, ...]) -> Look:
+    live = state.row >= 0
+    numbers = (live.sum(), (number - state.entered)[0], jnp.where(live, state.position, 0).max())
+    slot_steps = done * live.shape[0]
+    if axes:
+        drawn = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), drawn)
+        numbers = jax.lax.pmax(numbers, axes)
+        slot_steps = jax.lax.psum(slot_steps, axes)
+    return Look(drawn, *numbers, slot_steps)
