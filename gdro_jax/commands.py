@@ -139,7 +139,7 @@ def evaluate(model: str, problems: str, out: str | None, config: Config) -> int:
         for rows, generated in batches:
             for row in rows:
                 problem = asked.problems[row.problem]
-                prompt = prompts.render(config.data.template, problem.prompt)
+                prompt = policy.tokenizer.decode(list(asked.tokens[row.problem]))  # what the model was given
                 write(row._asdict() | {"prompt": prompt, "answer": problem.answer, "stratum": problem.stratum})
             kept += rows
             tokens += generated

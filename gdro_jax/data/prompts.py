@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,14 @@ class Tokenizer(Protocol):
     @property
     def eos_token_id(self) -> int | None: ...
 
-    def __call__(self, text: list[str], *, padding: bool, truncation: bool) -> Mapping[str, list[list[int]]]: ...
+    @property
+    def chat_template(self) -> Any: ...
+
+    def __call__(
+        self, text: list[str], *, padding: bool, truncation: bool, add_special_tokens: bool = True
+    ) -> Mapping[str, list[list[int]]]: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +83,16 @@ def prepare(
     tokenizer: Tokenizer,
     *,
     template: str = "boxed",
+    chat: Mapping[str, object] | None = None,
     max_tokens: int | None = None,
     on_overlong: str = "refuse",
 ) -> Prompts:
-    """Render and tokenise problems; no chat template is applied.
+    """Render and tokenise problems.
 
     Args:
         template: a name of ``TEMPLATES`` or a text with ``{problem}``.
+        chat: None for the text as it is; otherwise it becomes the user's turn in the tokenizer's own chat template,
+            ``system`` the system's, and every other entry (such as ``enable_thinking``) is passed to that template.
         max_tokens: longest prompt allowed; None for no limit.
         on_overlong: ``refuse`` raises at the first prompt that is longer, ``drop`` leaves them out and lists them.
 
@@ -97,7 +107,15 @@ def prepare(
     if not problems:
         raise DataError("problems: there are none; at least one is needed")
     texts = [render(template, problem.prompt) for problem in problems]
-    encoded = tokenizer(texts, padding=False, truncation=False)["input_ids"]
+    if chat is None:
+        encoded = tokenizer(texts, padding=False, truncation=False)["input_ids"]
+    else:
+        encoded = tokenizer(
+            [chat_text(tokenizer, text, chat) for text in texts],
+            padding=False,
+            truncation=False,
+            add_special_tokens=False,  # the template has them
+        )["input_ids"]
     kept: list[Problem] = []
     tokens: list[tuple[int, ...]] = []
     dropped: list[Problem] = []
@@ -117,6 +135,21 @@ def prepare(
     if not kept:
         raise DataError(f"all {len(problems)} prompts have more than the {max_tokens} tokens allowed")
     return Prompts(problems=tuple(kept), tokens=tuple(tokens), dropped=tuple(dropped))
+
+
+def chat_text(tokenizer: Tokenizer, text: str, chat: Mapping[str, object]) -> str:
+    """The text as the user's turn in the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise DataError("chat: the tokenizer has no chat template; leave data.chat null, or give another tokenizer")
+    options = dict(chat)
+    system = options.pop("system", None)
+    turns: list[dict[str, object]] = [] if system is None else [{"role": "system", "content": system}]
+    turns.append({"role": "user", "content": text})
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
 
 
 def stop_tokens(model_folder: str | Path | None = None, tokenizer: Tokenizer | None = None) -> tuple[int, ...]:

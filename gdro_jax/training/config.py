@@ -79,6 +79,8 @@ class DataConfig:
       on_bad_row: `refuse` or `drop` a row that cannot be used.
       template: `plain` (the problem alone), `boxed` (the instruction of arXiv 2601.19280 after it), or a text with
         `{problem}` in it.
+      chat: None for the template's text as it is (base models); `{}` to make it the user's turn in the tokenizer's chat
+        template; `system` in it is the system's turn, other entries, such as `enable_thinking`, go to that template.
       max_prompt_tokens: longest prompt, None for the longest there is; longer ones are treated as `overlong` says,
         `drop` or `refuse`. Every prompt is padded to this one length.
       verifier: `exact` or `math`.
@@ -93,6 +95,7 @@ class DataConfig:
     stratum_column: str | None = None
     on_bad_row: str = "refuse"
     template: str = "plain"
+    chat: dict[str, object] | None = None
     max_prompt_tokens: int | None = None
     overlong: str = "refuse"
     verifier: str = "exact"

@@ -27,7 +27,7 @@ class Policy(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """A run's parts; `heldout` is None where there is no evaluation, `notes` say what was left out of the data."""
+    """A run's parts; `heldout` is None without evaluation; `notes` say what was left out and show a prompt."""
 
     policy: Policy
     train: prompts.Prompts
@@ -113,6 +113,7 @@ def load_prompts(path: str, split: str, tokenizer, config: Config) -> tuple[prom
         source.problems,
         tokenizer,
         template=config.data.template,
+        chat=config.data.chat,
         max_tokens=config.data.max_prompt_tokens,
         on_overlong=config.data.overlong,
     )
@@ -134,6 +135,8 @@ def assemble(config: Config, policy: Policy | None = None) -> Setup:
     """
     policy = load_policy(config.model) if policy is None else policy
     train, notes = load_prompts(config.data.train, "train", policy.tokenizer, config)
+    first = train.tokens[0]
+    notes.append(f"first prompt, {len(first)} tokens: {policy.tokenizer.decode(list(first))!r}")
     heldout = None
     if config.eval.data is not None:
         heldout, more = load_prompts(config.eval.data, "heldout", policy.tokenizer, config)

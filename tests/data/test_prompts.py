@@ -163,3 +163,35 @@ def test_a_real_tokenizer_gives_back_the_rendered_prompt() -> None:
     prepared = prompts.prepare(problems("What is $\\frac{1}{2}+1$?"), tokenizer)
     assert tokenizer.decode(prepared.tokens[0]) == prompts.render("boxed", "What is $\\frac{1}{2}+1$?")
     assert not set(prepared.tokens[0]) & set(prompts.stop_tokens(folder, tokenizer))
+
+
+@pytest.mark.skipif(
+    "GDRO_SHARED_DATA" not in os.environ, reason="GDRO_SHARED_DATA (the folder of real data) is not set"
+)
+def test_chat_template_of_qwen3() -> None:
+    """Turns are the template's own special tokens, and the options reach it; the ids are those of transformers."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(os.environ["GDRO_SHARED_DATA"]) / "qwen3_tokenizer")
+    problem = Problem(0, "What is 1+1?", "2", "s")
+    for chat, end in (({}, "<|im_start|>assistant\n"), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")):
+        ready = prompts.prepare([problem], tokenizer, template="boxed", chat=chat)
+        text = tokenizer.decode(ready.tokens[0])
+        asked = prompts.render("boxed", "What is 1+1?")
+        assert text.startswith(f"<|im_start|>user\n{asked}<|im_end|>\n") and text.endswith(end)
+        turn = [{"role": "user", "content": asked}]
+        want = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False, **chat)
+        assert list(ready.tokens[0]) == want and ready.tokens[0][0] == 151_644
+    system = prompts.prepare([problem], tokenizer, template="plain", chat={"system": "Be brief."})
+    assert tokenizer.decode(system.tokens[0]).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat"
+    )
+
+
+def test_a_tokenizer_without_a_chat_template_is_named() -> None:
+    with pytest.raises(DataError, match="the tokenizer has no chat template"):
+        prompts.prepare(problems("ab"), LettersWithoutChat(), chat={})
+
+
+class LettersWithoutChat(Letters):
+    chat_template = None

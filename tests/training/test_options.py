@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from gdro_jax.data import prompts
 from gdro_jax.data.sources import DataError
 from gdro_jax.evaluation.run import Graded
 from gdro_jax.training import Config, InputError, loop, setup
@@ -36,6 +37,7 @@ SHOWN = {
     "data.stratum_column": HERE + "data_options",
     "data.on_bad_row": HERE + "bad_rows",
     "data.template": HERE + "data_options",
+    "data.chat": HERE + "chat",
     "data.max_prompt_tokens": HERE + "overlong_prompts",
     "data.overlong": HERE + "overlong_prompts",
     "data.verifier": HERE + "verifier_options",
@@ -161,6 +163,26 @@ def test_data_options(configure, tmp_path):
     assert [p.prompt for p in plain.train.problems] == ["no", "n"]
 
 
+CHAT = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}{% if brief %}!{% endif %}"
+)
+
+
+def test_chat(configure, tiny_folder, tmp_path):
+    """The prompt is the user's turn of the tokenizer's own template, and what was made of it is said."""
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    at = f"model.tokenizer={tmp_path}"
+    with pytest.raises(prompts.DataError, match="chat: the tokenizer has no chat template"):
+        setup.assemble(configure(at, "data.chat={}"))
+    (tmp_path / "chat_template.jinja").write_text(CHAT)
+    for chat, wanted in (("{}", "u:0+0=;a:"), ("{system: 1, brief: true}", "s:1;u:0+0=;a:!"), ("null", "0+0=")):
+        parts = setup.assemble(configure(at, f"data.chat={chat}"))
+        assert parts.policy.tokenizer.decode(parts.train.tokens[0]) == wanted
+        assert parts.notes[-1] == f"first prompt, {len(parts.train.tokens[0])} tokens: {wanted!r}"
+
+
 def test_bad_rows(configure, tmp_path):
     rows = [{"prompt": "1", "answer": "1"}, {"prompt": "2"}, {"prompt": "3", "answer": "3"}]
     at = (f"data.train={problems_file(tmp_path, rows)}", "train.prompts_per_step=2")
@@ -168,7 +190,7 @@ def test_bad_rows(configure, tmp_path):
         setup.assemble(configure(*at))
     parts = setup.assemble(configure(*at, "data.on_bad_row=drop"))
     assert [(p.id, p.prompt) for p in parts.train.problems] == [(0, "1"), (1, "3")]
-    assert len(parts.notes) == 1 and "line 2: dropped, column 'answer' is missing" in parts.notes[0]
+    assert len(parts.notes) == 2 and "line 2: dropped, column 'answer' is missing" in parts.notes[0]
 
 
 def test_overlong_prompts(configure, tmp_path, launch):

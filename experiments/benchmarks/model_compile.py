@@ -1,0 +1,67 @@
+"""Program size and compile time by depth: blocks are scanned, so neither should grow.
+
+    python experiments/benchmarks/model_compile.py --out results.json
+
+Compiles (nothing is run, no weights are made) the widths of Qwen3-0.6B at 4 and 36 layers: logits, the gradient of
+their sum, and one decoding step.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+
+from gdro_jax.models import qwen3
+from gdro_jax.models.presets import PRESETS
+
+DEPTHS, ROUNDS = (4, 36), 3
+ROWS, LENGTH = 4, 64
+
+
+def main() -> None:
+    """Measures both depths in turn, a few rounds, and writes one JSON object."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    known = parser.parse_args()
+    results = {name: {str(depth): {} for depth in DEPTHS} for name in ("logits", "gradient", "decode")}
+    for _ in range(ROUNDS):
+        for name, per_depth in results.items():
+            for depth in DEPTHS:
+                measure(name, depth, per_depth[str(depth)])
+    text = json.dumps({"jax": jax.__version__, "backend": jax.default_backend(), "programs": results}, indent=2)
+    known.out.write_text(text + "\n")
+    print(text)
+
+
+def measure(name: str, depth: int, into: dict) -> None:
+    """One compilation: lines before optimisation, instructions after, seconds of each round."""
+    jax.clear_caches()
+    lowered = lower(name, dataclasses.replace(PRESETS["0.6B"], num_layers=depth))
+    begun = time.perf_counter()
+    compiled = lowered.compile()
+    into.setdefault("seconds", []).append(round(time.perf_counter() - begun, 2))
+    into["lines"] = len(lowered.as_text().splitlines())
+    into["instructions"] = sum(" = " in line for line in compiled.as_text().splitlines())
+
+
+def lower(name: str, cfg: qwen3.Qwen3Config) -> jax.stages.Lowered:
+    """The named program of a model of this architecture, from shapes alone."""
+    model = jax.eval_shape(lambda: qwen3.init(cfg, jax.random.key(0), "bfloat16"))
+    tokens, mask = jnp.zeros((ROWS, LENGTH), jnp.int32), jnp.ones((ROWS, LENGTH), bool)
+    if name == "decode":
+        kv, _ = jax.eval_shape(qwen3.prefill, model, tokens, mask)
+        cache = jax.eval_shape(lambda m: qwen3.empty_cache(m, ROWS, LENGTH), model)
+        return jax.jit(qwen3.decode).lower(model, tokens[:, 0], jnp.int32(3), kv, cache)
+
+    def total(model: qwen3.Qwen3) -> jax.Array:
+        return qwen3.logits(model, tokens, mask).sum()
+
+    return jax.jit(total if name == "logits" else jax.grad(total)).lower(model)
+
+
+if __name__ == "__main__":
+    main()
