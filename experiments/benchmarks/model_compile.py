@@ -15,7 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from gdro_jax.models import qwen3
+from gdro_jax.models import decode, qwen3
 from gdro_jax.models.presets import PRESETS
 
 DEPTHS, ROUNDS = (4, 36), 3
@@ -53,9 +53,11 @@ def lower(name: str, cfg: qwen3.Qwen3Config) -> jax.stages.Lowered:
     model = jax.eval_shape(lambda: qwen3.init(cfg, jax.random.key(0), "bfloat16"))
     tokens, mask = jnp.zeros((ROWS, LENGTH), jnp.int32), jnp.ones((ROWS, LENGTH), bool)
     if name == "decode":
-        kv, _ = jax.eval_shape(qwen3.prefill, model, tokens, mask)
-        cache = jax.eval_shape(lambda m: qwen3.empty_cache(m, ROWS, LENGTH), model)
-        return jax.jit(qwen3.decode).lower(model, tokens[:, 0], jnp.int32(3), kv, cache)
+        own = jnp.arange(ROWS)
+        tiles = jax.eval_shape(lambda: decode.tiles_of(own, ROWS, 2))
+        prompts = jax.eval_shape(lambda m: decode.lay_out(qwen3.prefill(m, tokens, mask)[0]), model)
+        cache = jax.eval_shape(lambda p: decode.empty_cache(p, ROWS, LENGTH), prompts)
+        return jax.jit(decode.decode).lower(model, tokens[:, 0], own, own, prompts, tiles, cache)
 
     def total(model: qwen3.Qwen3) -> jax.Array:
         return qwen3.logits(model, tokens, mask).sum()

@@ -28,9 +28,9 @@ def test_the_working_copy_of_one_dtype_is_the_model_itself() -> None:
     assert qwen3.working(qwen3.Qwen3(BASE, model.arrays(), "float32")).embed.dtype == jnp.float32
 
 
-def test_the_cache_and_the_keys_have_the_compute_dtype() -> None:
+def test_keys_and_hidden_states_have_the_compute_dtype() -> None:
     kv, last = jax.eval_shape(qwen3.prefill, MIXED, TOKENS, MASKS)
-    assert kv.k.dtype == kv.v.dtype == last.dtype == qwen3.empty_cache(MIXED, 1, 2).k.dtype == jnp.bfloat16
+    assert kv.k.dtype == kv.v.dtype == last.dtype == jnp.bfloat16
 
 
 def test_gradients_of_a_token_s_many_occurrences_add_up_in_float32() -> None:
