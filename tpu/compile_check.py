@@ -71,7 +71,7 @@ def arguments_of(config: Config, architecture: qwen3.Qwen3Config, length: int) -
     rollouts = np.full(prompts, config.controller.mean_rollouts)
     pieces = config.train.minibatches * config.train.microbatches
     model = qwen3.init(architecture, jax.random.key(0), config.model.param_dtype)
-    model = qwen3.Qwen3(architecture, model.arrays(), config.model.dtype)
+    model = qwen3.Qwen3(architecture, model.arrays(), config.model.dtype, config.model.remat)
     batch = step.Batch(
         prompts=jnp.zeros((prompts, length), jnp.int32),
         prompt_mask=jnp.ones((prompts, length), bool),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from gdro_jax.models import decode, qwen3
 from gdro_jax.models.presets import PRESETS
 
-DEPTHS, ROUNDS = (4, 36), 3
+DEPTHS = (4, 36)
 ROWS, LENGTH = 4, 64
 
 
@@ -26,9 +26,13 @@ def main() -> None:
     """Measures both depths in turn, a few rounds, and writes one JSON object."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3, help="compilations of each program; 0 for its size alone")
     known = parser.parse_args()
     results = {name: {str(depth): {} for depth in DEPTHS} for name in ("logits", "gradient", "decode")}
-    for _ in range(ROUNDS):
+    for name, per_depth in results.items():
+        for depth in DEPTHS:
+            per_depth[str(depth)]["lines"] = len(lower(name, depth).as_text().splitlines())
+    for _ in range(known.rounds):
         for name, per_depth in results.items():
             for depth in DEPTHS:
                 measure(name, depth, per_depth[str(depth)])
@@ -38,18 +42,18 @@ def main() -> None:
 
 
 def measure(name: str, depth: int, into: dict) -> None:
-    """One compilation: lines before optimisation, instructions after, seconds of each round."""
+    """One compilation: its seconds, and instructions after optimisation."""
     jax.clear_caches()
-    lowered = lower(name, dataclasses.replace(PRESETS["0.6B"], num_layers=depth))
+    lowered = lower(name, depth)
     begun = time.perf_counter()
     compiled = lowered.compile()
     into.setdefault("seconds", []).append(round(time.perf_counter() - begun, 2))
-    into["lines"] = len(lowered.as_text().splitlines())
     into["instructions"] = sum(" = " in line for line in compiled.as_text().splitlines())
 
 
-def lower(name: str, cfg: qwen3.Qwen3Config) -> jax.stages.Lowered:
-    """The named program of a model of this architecture, from shapes alone."""
+def lower(name: str, depth: int) -> jax.stages.Lowered:
+    """The named program of a model of this depth, from shapes alone."""
+    cfg = dataclasses.replace(PRESETS["0.6B"], num_layers=depth)
     model = jax.eval_shape(lambda: qwen3.init(cfg, jax.random.key(0), "bfloat16"))
     tokens, mask = jnp.zeros((ROWS, LENGTH), jnp.int32), jnp.ones((ROWS, LENGTH), bool)
     if name == "decode":

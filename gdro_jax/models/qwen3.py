@@ -25,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 Aux = TypeVar("Aux")
+REMAT = ("none", "products", "block")
 _MASKED = -1e30  # finite, so that a row with nothing to attend to gives finite garbage, never NaN
 
 
@@ -39,16 +40,21 @@ class Qwen3(nnx.Module):
       config: the architecture (static).
       arrays: one array per name of `param_specs(config)`, of shape `stored_shape(config, spec)`.
       compute_dtype: of activations and of matrix products' inputs (static); None for the parameters' own.
+      remat: what the backward pass finds kept of a block's forward pass (static): `none` keeps everything it needs,
+        `products` the results of matrix products with weights, `block` the block's input alone; the rest is made
+        again. It changes no result.
 
     Raises:
-      ValueError: a missing or unexpected name, or a wrong shape.
+      ValueError: a missing or unexpected name, a wrong shape, or an unknown `remat`.
     """
 
     embed: nnx.Param[jax.Array]
     final_norm: nnx.Param[jax.Array]
     lm_head: nnx.Param[jax.Array]  # only where the head is not tied
 
-    def __init__(self, config: Qwen3Config, arrays: dict[str, jax.Array], compute_dtype: str | None = None):
+    def __init__(
+        self, config: Qwen3Config, arrays: dict[str, jax.Array], compute_dtype: str | None = None, remat: str = "none"
+    ):
         specs = param_specs(config)
         if set(specs) != set(arrays):
             raise ValueError(f"parameters differ from the configuration: {sorted(set(specs) ^ set(arrays))}")
@@ -56,8 +62,11 @@ class Qwen3(nnx.Module):
             want = stored_shape(config, spec)
             if tuple(arrays[name].shape) != want:
                 raise ValueError(f"{name}: shape {tuple(arrays[name].shape)}, the configuration needs {want}")
+        if remat not in REMAT:
+            raise ValueError(f"remat={remat!r}: must be one of {', '.join(REMAT)}")
         self.config = config
         self.compute_dtype = compute_dtype
+        self.remat = remat
         for name in specs:
             setattr(self, name, nnx.Param(arrays[name]))
 
@@ -94,7 +103,8 @@ def working(model: Qwen3) -> Qwen3:
     arrays = model.arrays()
     if all(array.dtype == dtype for array in arrays.values()):
         return model
-    return Qwen3(model.config, {name: array.astype(dtype) for name, array in arrays.items()}, model.compute_dtype)
+    cast = {name: array.astype(dtype) for name, array in arrays.items()}
+    return Qwen3(model.config, cast, model.compute_dtype, model.remat)
 
 
 def unembed_weight(model: Qwen3) -> jax.Array:
@@ -165,7 +175,8 @@ def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, promp
         x, _ = _block(model.config, weights, x, turn, lambda q, k, v: (attend(layer_kv, q, k, v), None))
         return x, None
 
-    x, _ = jax.lax.scan(block, _embed(model, jnp.where(mask, tokens, 0)), (_block_weights(model), (kv.k, kv.v)))
+    layers = (_block_weights(model), (kv.k, kv.v))
+    x, _ = jax.lax.scan(_remat(model, block), _embed(model, jnp.where(mask, tokens, 0)), layers)
     return _final_norm(model, x)
 
 
@@ -181,7 +192,14 @@ def _full(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, 
     def block(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return _block(model.config, weights, x, turn, attend)
 
-    return jax.lax.scan(block, _embed(model, jnp.where(mask, tokens, 0)), _block_weights(model))
+    return jax.lax.scan(_remat(model, block), _embed(model, jnp.where(mask, tokens, 0)), _block_weights(model))
+
+
+def _remat(model: Qwen3, block: Callable) -> Callable:
+    if model.remat == "none":
+        return block
+    kept = None if model.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(block, prevent_cse=False, policy=kept)  # a scan's body cannot be merged with its backward
 
 
 def _compute_dtype(model: Qwen3) -> jnp.dtype:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from gdro_jax.data.prompts import resolve_template
+from gdro_jax.models.qwen3 import REMAT
 from gdro_jax.sampling import SamplingConfig
 
 
@@ -51,6 +52,8 @@ class ModelConfig:
       dtype: of compute, and of the exported policy: `float32` or `bfloat16`.
       param_dtype: of the parameters that the optimiser changes, and of its state. A step smaller than 1/256 of a
         weight is lost in `bfloat16`, which a learning rate of 1e-6 always is; `float32` keeps it.
+      remat: what of each layer is kept for the backward pass: `none` all it needs, `products` the results of matrix
+        products, `block` the layer's input alone. Less memory for more time, the same result.
       tokenizer: a folder with the tokenizer, None for the model's own.
       random_init: seed of a random initialisation from the folder's config.json alone, None to load its weights.
     """
@@ -58,6 +61,7 @@ class ModelConfig:
     path: str = "embedded"
     dtype: str = "float32"
     param_dtype: str = "float32"
+    remat: str = "none"
     tokenizer: str | None = None
     random_init: int | None = None
 
@@ -65,6 +69,7 @@ class ModelConfig:
         for field in ("dtype", "param_dtype"):
             value = getattr(self, field)
             _check(value in ("float32", "bfloat16"), "model", field, value, "float32 or bfloat16")
+        _check(self.remat in REMAT, "model", "remat", self.remat, " or ".join(REMAT))
         ok = self.param_dtype == "float32" or self.dtype == "bfloat16"
         _check(ok, "model", "param_dtype", self.param_dtype, "float32 where model.dtype is")
 

@@ -73,7 +73,7 @@ def load_policy(config: ModelConfig) -> Policy:
         except (ValueError, FileNotFoundError) as error:
             raise InputError(f"model.path={config.path!r}: {error}") from None
         model = qwen3.init(architecture, key, config.param_dtype)
-    model = qwen3.Qwen3(model.config, model.arrays(), config.dtype)
+    model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_at)
     stops = prompts.stop_tokens(folder, tokenizer)
     vocab = model.config.vocab_size
