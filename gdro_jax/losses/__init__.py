@@ -1,5 +1,5 @@
-"""Advantages, the clipped surrogate and KL, log-probs straight from hidden states, and the pmapped form."""
+"""Advantages, the clipped surrogate and KL, log-probs and losses straight from hidden states, and the pmapped form."""
 
-from gdro_jax.losses import grpo, linear_logprob, pmapped, reduction
+from gdro_jax.losses import grpo, linear_grpo, linear_logprob, linear_loss, pmapped, reduction
 
-__all__ = ["grpo", "linear_logprob", "pmapped", "reduction"]
+__all__ = ["grpo", "linear_grpo", "linear_logprob", "linear_loss", "pmapped", "reduction"]

@@ -4,8 +4,8 @@ Panaganti et al., arXiv 2601.19280: token objective Eq. 5, per-response loss Eq.
 (`prompt_surrogate`); advantages Eq. 3 in `advantages`, re-exported here. Variants, each behind one argument:
 separate clip bounds and one mean over tokens (DAPO, arXiv 2503.14476), a constant instead of the response's length
 (Dr. GRPO, arXiv 2503.20783), dual clip (arXiv 1912.09729), one ratio per response (GSPO, arXiv 2507.18071),
-leave-one-out baseline (RLOO, arXiv 2402.14740). KL estimators k1, k2, k3: J. Schulman, "Approximating KL
-Divergence", 2020.
+leave-one-out baseline (RLOO, arXiv 2402.14740), truncated importance weights. What one token's loss is: `surrogate`.
+`linear_grpo` is the same loss straight from hidden states, its gradient made in the same pass.
 
 Masked positions and rows of weight 0 never matter, neither in value nor in gradient, NaN and inf included.
 """
@@ -19,8 +19,10 @@ from jax.typing import ArrayLike
 
 from gdro_jax.losses.advantages import group_advantages, group_stats, one_of, prompt_surrogate, row_weights
 from gdro_jax.losses.reduction import LossOutput, LossSums, finish
+from gdro_jax.losses.surrogate import KL_ESTIMATORS, Options, kl_estimate, token_terms
 
 __all__ = [
+    "KL_ESTIMATORS",
     "group_advantages",
     "group_stats",
     "kl_estimate",
@@ -30,10 +32,8 @@ __all__ = [
     "row_weights",
 ]
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATES = ("sequence", "token", "constant")
 RATIO_LEVELS = ("token", "sequence")
-LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: far past any clip bound, far from overflow
 
 
 def policy_loss(
@@ -52,6 +52,8 @@ def policy_loss(
     dual_clip: float | None = None,
     ratio_level: str = "token",
     constant: float | None = None,
+    sampler_logprobs: ArrayLike | None = None,
+    importance_cap: float | None = None,
     token_metrics: Mapping[str, ArrayLike] | None = None,
     denominator: ArrayLike | None = None,
 ) -> LossOutput:
@@ -75,14 +77,17 @@ def policy_loss(
       dual_clip: for negative advantages the objective is at least dual_clip * advantage; None: off.
       ratio_level: "token", or "sequence": the geometric mean of the response's token ratios, on all its tokens.
       constant: divisor of `aggregate="constant"`; None: T.
+      sampler_logprobs, importance_cap: both or neither. float[R, T] as the sampler gave them, where `old_logprobs` are
+        the trainer's own: each token's surrogate is multiplied by min(exp(old - sampler), importance_cap), which
+        corrects for a sampler that is not the policy it stands for. The KL term is not.
       token_metrics: further float[R, T] to average over the tokens, such as the entropy.
       denominator: for "token" aggregation over a part of the rows, sum of row_weights_i * L_i over *all* rows, so that
         the parts' losses add up to the whole's; None: over these rows.
 
     Returns: LossOutput(loss float32, per_row float32[R], metrics). Metrics, means over tokens: "ratio", "approx_kl"
       (k3, of the sampling policy to this one), "clip_fraction" (clipping changed the token's objective) and its
-      parts "clip_low_fraction", "clip_high_fraction", "dual_clip_fraction"; "kl" if a reference is given; what
-      `token_metrics` names; and "response_length", per row.
+      parts "clip_low_fraction", "clip_high_fraction", "dual_clip_fraction"; "kl" if a reference is given; "importance"
+      and "importance_cut" with `importance_cap`; what `token_metrics` names; and "response_length", per row.
     Raises: ValueError naming the argument, for shapes that do not match and for values out of range.
     """
     rows = jnp.shape(logprobs)[0]
@@ -101,6 +106,8 @@ def policy_loss(
         dual_clip=dual_clip,
         ratio_level=ratio_level,
         constant=constant,
+        sampler_logprobs=sampler_logprobs,
+        importance_cap=importance_cap,
         token_metrics=token_metrics,
     )
     if denominator is not None and sums.denominator is not None:
@@ -124,44 +131,38 @@ def loss_sums(
     dual_clip: float | None = None,
     ratio_level: str = "token",
     constant: float | None = None,
+    sampler_logprobs: ArrayLike | None = None,
+    importance_cap: float | None = None,
     token_metrics: Mapping[str, ArrayLike] | None = None,
 ) -> LossSums:
     """`policy_loss` as sums over the rows, to be added over microbatches and devices and then given to `finish`.
 
     Arguments as in `policy_loss`; the row weights must be given, since 1/R of a part is not 1/R of the whole.
     """
-    _check(clip_low, clip_high, kl_coef, kl_estimator, aggregate, dual_clip, ratio_level, constant)
-    _check_shapes(logprobs, old_logprobs, advantages, mask, ref_logprobs, row_weights)
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which is None")
+    options = Options(clip_low, clip_high, kl_coef, kl_estimator, dual_clip, importance_cap)
+    check(options, aggregate, ratio_level, constant, ref_logprobs, sampler_logprobs)
+    _check_shapes(logprobs, old_logprobs, advantages, mask, ref_logprobs, row_weights, sampler_logprobs)
     weight = jax.lax.stop_gradient(jnp.asarray(row_weights, jnp.float32))
     active = jnp.asarray(mask, bool) & (weight != 0)[:, None]
     length = active.sum(-1, dtype=jnp.float32)
     logp = _keep(logprobs, active)
-    old = jax.lax.stop_gradient(_keep(old_logprobs, active))
+    old, ref, sampler = (
+        None if x is None else jax.lax.stop_gradient(_keep(x, active))
+        for x in (old_logprobs, ref_logprobs, sampler_logprobs)
+    )
+    assert old is not None
     advantage = jax.lax.stop_gradient(_keep(jnp.asarray(advantages)[:, None], active))
 
     log_ratio = logp - old
     if ratio_level == "sequence":
         mean = log_ratio.sum(-1, keepdims=True) / jnp.maximum(length, 1.0)[:, None]
         log_ratio = jnp.where(active, mean, 0.0)
-    objective, metrics = _clipped_objective(log_ratio, advantage, clip_low, clip_high, dual_clip)
-    token_loss = -objective
-    metrics["approx_kl"] = kl_estimate(old, old + log_ratio, "k3")  # the tokens came from the old policy
-    if ref_logprobs is not None:
-        metrics["kl"] = kl_estimate(logp, jax.lax.stop_gradient(_keep(ref_logprobs, active)), kl_estimator)
-        if kl_coef != 0:
-            token_loss += kl_coef * metrics["kl"]
+    token_losses, metrics = token_terms(options, logp, log_ratio, old, advantage, ref, sampler)
     metrics |= {name: _keep(value, active) for name, value in (token_metrics or {}).items()}
 
-    per_row = jnp.where(active, token_loss, 0.0).sum(-1)
-    denominator = None
-    if aggregate == "sequence":
-        per_row = per_row / jnp.maximum(length, 1.0)
-    elif aggregate == "constant":
-        per_row = per_row / (active.shape[1] if constant is None else constant)
-    else:
-        denominator = (weight * length).sum()
+    divisor = divisor_of(aggregate, length, active.shape[1], constant)
+    per_row = jnp.where(active, token_losses, 0.0).sum(-1) / divisor
+    denominator = (weight * length).sum() if aggregate == "token" else None
     return LossSums(
         loss=(weight * per_row).sum(),
         denominator=denominator,
@@ -172,41 +173,13 @@ def loss_sums(
     )
 
 
-def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str = "k3") -> Array:
-    """Single-sample estimate of KL(policy || reference) at tokens sampled from the policy, float[...] -> float[...].
-
-    With d = ref - logprob: k1 = -d (unbiased, either sign), k2 = d^2 / 2 (biased, low variance), k3 = exp(d) - 1 - d
-    (unbiased, never negative). Past exp(20) k3 is constant rather than infinite.
-    """
-    one_of("kl_estimator", estimator, KL_ESTIMATORS)
-    difference = ref_logprobs - logprobs
-    if estimator == "k1":
-        return -difference
-    if estimator == "k2":
-        return 0.5 * difference**2
-    limited = jnp.minimum(difference, LOG_RATIO_LIMIT)
-    return jnp.expm1(limited) - limited
-
-
-def _clipped_objective(
-    log_ratio: Array, advantage: Array, clip_low: float, clip_high: float, dual_clip: float | None
-) -> tuple[Array, dict[str, Array]]:
-    """min(ratio A, clip(ratio) A) of Eq. 5, written by cases so that metrics and gradient agree on what is clipped."""
-    ratio = jnp.exp(jnp.minimum(log_ratio, LOG_RATIO_LIMIT))
-    above = (advantage > 0) & (ratio > 1.0 + clip_high)
-    below = (advantage < 0) & (ratio < 1.0 - clip_low)
-    dual = jnp.zeros_like(above) if dual_clip is None else (advantage < 0) & (ratio > dual_clip)
-    limited = jnp.where(above, 1.0 + clip_high, jnp.where(below, 1.0 - clip_low, ratio))
-    if dual_clip is not None:
-        limited = jnp.where(dual, dual_clip, limited)
-    metrics = {
-        "ratio": ratio,
-        "clip_fraction": above | below | dual,
-        "clip_high_fraction": above,
-        "clip_low_fraction": below,
-        "dual_clip_fraction": dual,
-    }
-    return limited * advantage, {name: value.astype(jnp.float32) for name, value in metrics.items()}
+def divisor_of(aggregate: str, length: Array, longest: int, constant: float | None) -> Array:
+    """What a row's sum over tokens is divided by; with "token" the division comes last, by the denominator."""
+    if aggregate == "sequence":
+        return jnp.maximum(length, 1.0)
+    if aggregate == "constant":
+        return jnp.full(length.shape, longest if constant is None else constant, jnp.float32)
+    return jnp.ones(length.shape, jnp.float32)
 
 
 def _keep(values: ArrayLike, active: Array) -> Array:
@@ -214,29 +187,24 @@ def _keep(values: ArrayLike, active: Array) -> Array:
     return jnp.where(active, jnp.asarray(values, jnp.float32), 0.0)
 
 
-def _check(
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    kl_estimator: str,
+def check(
+    options: Options,
     aggregate: str,
-    dual_clip: float | None,
     ratio_level: str,
     constant: float | None,
+    ref_logprobs: ArrayLike | None,
+    sampler_logprobs: ArrayLike | None,
 ) -> None:
-    one_of("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    """Raises ValueError, naming the argument, for options out of range or that do not fit together."""
+    options.check()
     one_of("aggregate", aggregate, AGGREGATES)
     one_of("ratio_level", ratio_level, RATIO_LEVELS)
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low={clip_low} must be in [0, 1]")
-    if not clip_high >= 0:
-        raise ValueError(f"clip_high={clip_high} must be at least 0")
-    if not kl_coef >= 0:
-        raise ValueError(f"kl_coef={kl_coef} must be at least 0")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip={dual_clip} must be above 1, or None for off")
     if constant is not None and not (constant > 0 and aggregate == "constant"):
         raise ValueError(f'constant={constant} must be above 0, and goes with aggregate="constant", not {aggregate!r}')
+    if options.kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"kl_coef={options.kl_coef} needs ref_logprobs, which is None")
+    if (options.importance_cap is None) != (sampler_logprobs is None):
+        raise ValueError(f"importance_cap={options.importance_cap} and sampler_logprobs go together: both or neither")
 
 
 def _check_shapes(
@@ -246,11 +214,17 @@ def _check_shapes(
     mask: ArrayLike,
     ref_logprobs: ArrayLike | None,
     row_weights: ArrayLike,
+    sampler_logprobs: ArrayLike | None,
 ) -> None:
     shape = jnp.shape(logprobs)
     if len(shape) != 2:
         raise ValueError(f"logprobs must have shape [R, T], it has {shape}")
-    tokens = {"old_logprobs": old_logprobs, "mask": mask, "ref_logprobs": ref_logprobs}
+    tokens = {
+        "old_logprobs": old_logprobs,
+        "mask": mask,
+        "ref_logprobs": ref_logprobs,
+        "sampler_logprobs": sampler_logprobs,
+    }
     rows = {"advantages": advantages, "row_weights": row_weights}
     for name, value in (tokens | rows).items():
         wanted = shape if name in tokens else shape[:1]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gdro_jax.losses import grpo, linear_logprob, pmapped, reduction
+from gdro_jax.losses import grpo, linear_grpo, linear_logprob, pmapped, reduction
+from gdro_jax.losses.surrogate import Options
 
 needs_devices = pytest.mark.skipif(
     jax.local_device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
@@ -54,6 +55,16 @@ def policy_sums(policy, rows, prompts, aggregate="sequence"):
     )  # fmt: skip
 
 
+def one_pass_sums(policy, rows, prompts):
+    """The same policy through the loss that makes its gradient in the forward pass."""
+    previous = jnp.pad(rows["tokens"], ((0, 0), (1, 0)))[:, :-1]
+    hidden = jnp.tanh((prompts[rows["prompt_index"]][:, None] + policy.embed[...][previous]) @ policy.mix[...])
+    return linear_grpo.loss_sums(
+        hidden, policy.embed[...], rows["tokens"], rows["old"], rows["advantages"], rows["mask"], rows["ref"],
+        rows["row_weights"], options=Options(kl_coef=0.1), aggregate="token", chunk=8,
+    ).sums  # fmt: skip
+
+
 SUMS = {name: partial(policy_sums, aggregate=name) for name in grpo.AGGREGATES}
 
 
@@ -77,6 +88,19 @@ def test_devices_give_the_one_device_number(aggregate, devices):
     got = pmapped.loss_and_grad(SUMS[aggregate], policy, batch, prompts, num_devices=devices)
     assert got[0].per_row.shape == (ROWS,)
     assert np.abs(want[1].mix[...]).max() > 1e-3
+    assert_same(got, want)
+
+
+@needs_devices
+def test_the_one_pass_loss_on_devices():
+    batch, prompts = step()
+    plain = one_device(SUMS["token"], Policy(0), batch, prompts)
+    want = one_device(one_pass_sums, Policy(0), batch, prompts)
+    want[0].metrics.pop("entropy")
+    assert_close = partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
+    jax.tree.map(assert_close, want, plain)
+    got = pmapped.loss_and_grad(one_pass_sums, Policy(0), batch, prompts, num_devices=8)
+    got[0].metrics.pop("entropy")
     assert_same(got, want)
 
 

@@ -1,0 +1,186 @@
+"""A token loss and its gradients straight from hidden states and head weights, in one pass over chunks of tokens.
+
+Where a token's loss depends on the log-probability of that token alone, its slope is known as soon as the log-sum-exp
+is, so the gradients of hidden states and head are made in the forward pass, from the logits that are there anyway:
+three matrix products instead of the four of `linear_logprob`, which makes the logits again on the way back. Nothing of
+size [N, V] is held. Tokens that are not active are sorted behind the others and their chunks are never run: the head
+costs what the real tokens cost. The idea of gradients in the forward pass: Liger Kernel, arXiv 2410.10989, section 3.2.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from gdro_jax.losses.linear_logprob import chunk_rows
+
+LossFn = Callable[..., Array]
+
+
+class TokenLoss(NamedTuple):
+    """`loss` float32, the sum over active tokens, differentiable; `logprobs` and `entropy` float32[N], constants.
+
+    Where a token is not active both are 0.
+    """
+
+    loss: Array
+    logprobs: Array
+    entropy: Array
+
+
+class _Static(NamedTuple):
+    loss_fn: LossFn
+    temperature: float
+    chunk: int
+
+
+class _Sums(NamedTuple):
+    """What the loop carries; the gradients are None where none are asked for, which `Any` spares every use to ask."""
+
+    loss: Array
+    logprobs: Array
+    entropy: Array
+    hidden_bar: Any
+    weight_bar: Any
+
+
+def token_loss(
+    loss_fn: LossFn,
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    targets: ArrayLike,
+    active: ArrayLike,
+    args: tuple[ArrayLike, ...] = (),
+    temperature: float = 1.0,
+    *,
+    chunk: int | None = None,
+) -> TokenLoss:
+    """sum over active tokens of loss_fn(log softmax(hidden @ weight.T / temperature)[targets], *args).
+
+    Args:
+      loss_fn: (float32[n], *n-long slices of args) -> float32[n], token by token; traced once.
+      hidden: float[N, D]; weight: float[V, D]; the loss is differentiable in these two.
+      targets: int[N]; an active target outside [0, V) gives NaN, so that it is seen.
+      active: bool[N]; the other tokens' values never matter.
+      args: arrays [N], constants to the gradient.
+      temperature: above 0, the one that the tokens were sampled at.
+      chunk: tokens held at a time, for tuning; None: chosen from N and V. The result does not depend on it.
+
+    Logits, sums and the head's gradient are float32 whatever the inputs are.
+
+    Raises: ValueError for a temperature or chunk out of range, or shapes that do not match.
+    """
+    hidden, weight, targets = jnp.asarray(hidden), jnp.asarray(weight), jnp.asarray(targets, jnp.int32)
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1, or None to have it chosen")
+    shapes = hidden.shape, weight.shape, targets.shape
+    if tuple(map(len, shapes)) != (2, 2, 1) or shapes[0][1] != shapes[1][1] or shapes[0][:1] != shapes[2]:
+        raise ValueError(f"hidden, weight, targets must be [N, D], [V, D], [N]; they are {shapes}")
+    for name, value in [("active", active), *((f"args[{i}]", arg) for i, arg in enumerate(args))]:
+        if jnp.shape(value) != targets.shape:
+            raise ValueError(f"{name} must have shape {targets.shape}, it has {jnp.shape(value)}")
+    static = _Static(loss_fn, float(temperature), chunk or chunk_rows(hidden.shape[0], weight.shape[0]))
+    live = jnp.asarray(active, bool)
+    constants = tuple(jax.lax.stop_gradient(jnp.where(live, jnp.asarray(arg), 0)) for arg in args)
+    return TokenLoss(*_token_loss(static, hidden, weight, targets, live, constants))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_loss(
+    static: _Static, hidden: Array, weight: Array, targets: Array, active: Array, args: tuple[Array, ...]
+) -> tuple[Array, Array, Array]:
+    return _run(static, hidden, weight, targets, active, args, gradients=False)[:3]
+
+
+def _forward(
+    static: _Static, hidden: Array, weight: Array, targets: Array, active: Array, args: tuple[Array, ...]
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    out = _run(static, hidden, weight, targets, active, args, gradients=True)
+    return (out.loss, out.logprobs, out.entropy), (out.hidden_bar, out.weight_bar.astype(weight.dtype))
+
+
+def _backward(static: _Static, saved: tuple[Array, Array], bars: tuple[Array, Array, Array]) -> tuple:
+    return *(x * bars[0].astype(x.dtype) for x in saved), None, None, None
+
+
+_token_loss.defvjp(_forward, _backward)
+
+
+def _run(
+    static: _Static,
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    active: Array,
+    args: tuple[Array, ...],
+    *,
+    gradients: bool,
+) -> _Sums:
+    """All chunks that hold an active token, active tokens first; results in the order of the arguments."""
+    rows, size = hidden.shape[0], min(static.chunk, hidden.shape[0])
+    order = jnp.argsort(~active, stable=True)
+    padded = -(-rows // size) * size
+    taken = jnp.pad(order, (0, padded - rows))
+    filled = jnp.arange(padded) < active.sum()  # the padding copies token 0, which is not active a second time
+    h = jnp.where(filled[:, None], hidden[taken], 0)
+    columns = (h, targets[taken], filled, *(arg[taken] for arg in args))
+    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    sums = _Sums(
+        zeros(()),
+        zeros(padded),
+        zeros(padded),
+        jnp.zeros((padded, hidden.shape[1]), hidden.dtype) if gradients else None,
+        zeros(weight.shape) if gradients else None,
+    )
+
+    def step(number: Array, sums: _Sums) -> _Sums:
+        start = number * size
+        part = _chunk(static, weight, *(jax.lax.dynamic_slice_in_dim(c, start, size) for c in columns), gradients)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        hidden_bar = None if part.hidden_bar is None else put(sums.hidden_bar, part.hidden_bar)
+        weight_bar = None if part.weight_bar is None else part.weight_bar + sums.weight_bar
+        logprobs, entropy = put(sums.logprobs, part.logprobs), put(sums.entropy, part.entropy)
+        return _Sums(sums.loss + part.loss, logprobs, entropy, hidden_bar, weight_bar)
+
+    if padded == size:
+        sums = step(jnp.int32(0), sums)
+    else:
+        sums = jax.lax.fori_loop(0, -(-active.sum(dtype=jnp.int32) // size), step, sums)
+    back = jnp.argsort(order)
+    hidden_bar = None if sums.hidden_bar is None else sums.hidden_bar[back]
+    return sums._replace(logprobs=sums.logprobs[back], entropy=sums.entropy[back], hidden_bar=hidden_bar)
+
+
+def _chunk(static: _Static, weight: Array, h: Array, target: Array, live: Array, *rest: Array | bool) -> _Sums:
+    """One chunk: h [n, D], target and live [n]; `rest` are the slices of args, and last whether gradients are made."""
+    *args, gradients = rest
+    vocab = weight.shape[0]
+    logits = jnp.einsum("nd,vd->nv", h, weight, preferred_element_type=jnp.float32)
+    if static.temperature != 1.0:
+        logits = logits / static.temperature
+    top = logits.max(-1, keepdims=True)
+    exps = jnp.exp(logits - top)
+    total = exps.sum(-1)
+    lse = top[:, 0] + jnp.log(total)
+    inside = (target >= 0) & (target < vocab)
+    chosen = jnp.take_along_axis(logits, jnp.where(inside, target, 0)[:, None], axis=1)[:, 0]
+    logprob = jnp.where(live, jnp.where(inside, chosen - lse, jnp.nan), 0.0)
+    entropy = jnp.where(live, lse - (exps * logits).sum(-1) / total, 0.0)
+
+    def objective(logprob: Array) -> Array:
+        return jnp.where(live, static.loss_fn(logprob, *args), 0.0).sum()
+
+    if not gradients:
+        return _Sums(objective(logprob), logprob, entropy, None, None)
+    loss, g = jax.value_and_grad(objective)(logprob)
+    g = g / static.temperature
+    hot = jnp.arange(vocab) == target[:, None]
+    slope = (jnp.where(hot, g[:, None], 0) - (g / total)[:, None] * exps).astype(weight.dtype)
+    dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    return _Sums(loss, logprob, entropy, dot(slope, weight).astype(h.dtype), dot(slope.T, h.astype(weight.dtype)))
