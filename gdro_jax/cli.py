@@ -13,6 +13,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 DONE, BAD_INPUT, STOPPED = 0, 2, 75
+_UNUSED = {  # sections and fields that a command does not look at: giving one is an error
+    "train": ("compare",),
+    "compare": ("run.seed", "run.output", "controller.name"),
+    "eval": (
+        *(
+            f"run.{name}"
+            for name in ("output", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "save_model")
+        ),
+        *("controller", "train", "compare", "model.path", "eval.data", "eval.every", "eval.problems_per_stratum"),
+    ),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,14 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gdro_jax.training.config_io import load
 
     try:
+        if known.command in ("report", "export") and overrides:
+            parser.error(f"unknown option --{overrides[0][0]}")
         if known.command == "report":
-            if overrides:
-                parser.error(f"unknown option --{overrides[0][0]}")
             return commands.report(known.folders, known.out)
         if known.command == "export":
-            if overrides:
-                parser.error(f"unknown option --{overrides[0][0]}")
             return commands.export(known.source, known.out, known.dtype, known.max_file_bytes)
+        for name, _ in overrides:
+            if _unused(known.command, name):
+                parser.error(f"--{name} does nothing in gdro {known.command}")
         config = load(known.config, overrides)
         if known.command == "eval":
             return commands.evaluate(known.model, known.problems, known.out, config)
@@ -67,11 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
 
 
+def _unused(command: str, name: str) -> bool:
+    return any(name == unused or name.startswith(unused + ".") for unused in _UNUSED[command])
+
+
 def _parser() -> argparse.ArgumentParser:
     about = "Train reasoning language models with GRPO and GDRO, and see what differs."
     parser = _Parser(prog="gdro", description=about)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
-    fields = _fields()
     texts = {
         "train": "one run; give the same command again to resume it",
         "compare": "several methods on the same prompts, budget and seeds, with a table and a report",
@@ -81,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, text in texts.items():
         epilog = None if name in ("report", "export") else f"Every field, with its default:\n{fields}"
+        epilog = None if name == "report" else f"Every field, with its default:\n{_fields(name)}"
         sub = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         if name == "report":
@@ -122,13 +138,15 @@ def _overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tup
     return others, pairs
 
 
-def _fields() -> str:
+def _fields(command: str) -> str:
     from gdro_jax.training.config import Config
 
     lines, config = [], Config()
     for section in dataclasses.fields(config):
         defaults = getattr(config, section.name)
         for field in dataclasses.fields(defaults):
+            if _unused(command, f"{section.name}.{field.name}"):
+                continue
             default = getattr(defaults, field.name)
             lines.append(f"  --{section.name}.{field.name}  {'null' if default is None else default}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -20,7 +21,7 @@ from gdro_jax.training import config_io, setup
 from gdro_jax.training import export as exporting
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
-from gdro_jax.training.loop import Trainer
+from gdro_jax.training.loop import Trainer, claim
 from gdro_jax.training.progress import Progress
 
 BAD_INPUT_ERRORS = (
@@ -49,15 +50,18 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
     parts = {
         label: setup.assemble(run, policies[run.model]) for label, run in runs.items()
     }  # every mistake comes first
+    for run in runs.values():
+        claim(run, write=False)
     folder = setup.claim_folder(config.compare.output, "compare.output")
     labels = {label: {"method": label.rsplit("-seed", 1)[0], "seed": run.run.seed} for label, run in runs.items()}
     listing = {"methods": list(config.compare.methods), "seeds": list(config.compare.seeds), "runs": labels}
     (folder / "compare.yaml").write_text(yaml.safe_dump(listing, sort_keys=False))
     for label, run in runs.items():
-        if not _run(run, parts[label], stop, label):
+        if stop() or not _run(run, parts[label], stop, label):
             return False
+    page = reports.write(folder)
     print(reports.format_table(reports.read_comparison(folder)))
-    print(reports.write(folder))
+    print(page)
     return True
 
 
@@ -76,6 +80,16 @@ def comparison(config: Config) -> dict[str, Config]:
             label = f"{method}-seed{seed}"
             if not isinstance(changes, dict | None):
                 raise config_io.ConfigError(f"compare.methods.{method}={changes!r}: expected sections, or nothing")
+            if not re.fullmatch(r"[\w+-][\w.+-]*", str(method)):
+                raise config_io.ConfigError(
+                    f"compare.methods: {method!r} names a folder; expected letters, digits and any of _ . + -"
+                )
+            other = sorted(set(changes or {}) - {"controller", "train"})
+            if other:
+                raise config_io.ConfigError(
+                    f"compare.methods.{method}: changes {', '.join(map(str, other))}; methods differ in controller and "
+                    "train alone, on the same prompts, at the same budget"
+                )
             raw = _merged(shared, {"controller": {"name": method}})
             raw = _merged(raw, changes or {})
             raw = _merged(raw, {"run": {"seed": seed, "output": str(pathlib.Path(config.compare.output) / label)}})
@@ -84,9 +98,6 @@ def comparison(config: Config) -> dict[str, Config]:
             unlike = [
                 name
                 for name, mine, theirs in (
-                    ("data", one.data, all_.data),
-                    ("eval", one.eval, all_.eval),
-                    ("run.steps", one.run.steps, all_.run.steps),
                     ("train.prompts_per_step", one.train.prompts_per_step, all_.train.prompts_per_step),
                     ("controller.mean_rollouts", one.controller.mean_rollouts, all_.controller.mean_rollouts),
                 )

@@ -77,7 +77,7 @@ BAD = {
     ),
     "low parameters under high compute": (["train", "--model.param_dtype=bfloat16"], "model.param_dtype='bfloat16'"),
     "a missing tokenizer": (["train", MODEL, "--model.tokenizer={tmp}"], "holds no tokenizer.json"),
-    "an output that is a file": (["train", MODEL, "--run.output={problems}"], "cannot be made a folder"),
+    "an output that is a file": (["train", MODEL, "--run.output={problems}"], "not a folder that can be written"),
     "an unknown command": (["trian"], "invalid choice: 'trian'"),
     "no command": ([], "COMMAND"),
     "a missing value": (["train", "--run.steps"], "--run.steps needs a value"),
@@ -98,11 +98,34 @@ BAD = {
     ),
     "a method with more steps": (
         ["compare", MODEL, "--compare.methods.uniform.run.steps=7"],
-        "compare.methods.uniform: changes run.steps",
+        "compare.methods.uniform: changes run;",
     ),
     "a method with another evaluation": (
         ["compare", MODEL, "--compare.methods.uniform.eval.temperature=0.5"],
         "compare.methods.uniform: changes eval",
+    ),
+    "a method with another model": (
+        ["compare", MODEL, "--compare.methods.uniform.model.random_init=3"],
+        "compare.methods.uniform: changes model;",
+    ),
+    "a method named as a folder elsewhere": (
+        ["compare", MODEL, "--compare.methods={{../uniform: }}"],
+        "compare.methods: '../uniform' names a folder",
+    ),
+    "a key given twice in a file": (["train", "--config", "{twice}"], "'train' is given twice"),
+    "a key given twice in a value": (["train", "--controller.settings={{k: 1, k: 2}}"], "'k' is given twice"),
+    "a seed that does not fit": (["train", "--model.random_init=99999999999999999999"], "model.random_init=99999"),
+    "no output": (["train", "--run.output="], "run.output=''"),
+    "an output below a file": (["train", MODEL, "--run.output={problems}/x"], "not a folder that can be written"),
+    "a report below a file": (["report", "{run}", "--out={problems}/x"], "not a folder that can be written"),
+    "a field that training does not use": (
+        ["train", "--compare.seeds=[1]"],
+        "--compare.seeds does nothing in gdro train",
+    ),
+    "a field that comparing does not use": (["compare", "--run.seed=1"], "--run.seed does nothing in gdro compare"),
+    "a field that evaluation does not use": (
+        ["eval", "{tiny}", "embedded", "--train.kl_coef=0"],
+        "--train.kl_coef does nothing in gdro eval",
     ),
     "a method that is no section": (["compare", MODEL, "--compare.methods.uniform=3"], "compare.methods.uniform=3"),
     "an unknown method": (["compare", MODEL, "--compare.methods.unform="], "unknown rule 'unform'"),
@@ -114,11 +137,16 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, tiny_folder, problems, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "typo.yaml").write_text("train:\n  learning_rat: 1e-4\n")
+    (tmp_path / "twice.yaml").write_text("train: {kl_coef: 0.1}\nrun: {steps: 3}\ntrain: {learning_rate: 0.1}\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("run: {seed: 0}\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "broken.yaml").write_text("train: {learning_rate: [1\n")
     (tmp_path / "holes.jsonl").write_text('{"prompt": "1", "answer": "1"}\n\n{"prompt": "2"}\n')
     (tmp_path / "garbled.jsonl").write_text('{"prompt": "1", "answer": "1"}\n{"prompt": \n')
     places = {
-        name.split(".")[0]: tmp_path / name for name in ("typo.yaml", "broken.yaml", "holes.jsonl", "garbled.jsonl")
+        name.split(".")[0]: tmp_path / name
+        for name in ("typo.yaml", "twice.yaml", "broken.yaml", "holes.jsonl", "garbled.jsonl", "run")
     }
     arguments, words = BAD[name]
     before = sorted(tmp_path.iterdir())

@@ -29,13 +29,16 @@ def write(folders: PathType | Sequence[PathType], out: PathType | None = None) -
     """Write OUT/report.html and OUT/figures/*.png for a run folder, a compare folder, or several run folders.
 
     `out` is by default the folder itself; for several, the folder that holds them all. The page needs no other file
-    and no network. Returns its path. Raises RunError where a folder cannot be read, or where several folders have no
-    common parent and `out` is not given.
+    and no network. Returns its path. Raises RunError where a folder cannot be read or written, or where several
+    folders have no common parent and `out` is not given.
     """
     paths = [folders] if isinstance(folders, (str, PathLike)) else list(folders)
     runs = read_comparison(paths)
     target = Path(out) if out is not None else _default_out([Path(path) for path in paths])
-    (target / "figures").mkdir(parents=True, exist_ok=True)
+    try:
+        (target / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{target / 'figures'}: not a folder that can be written ({error.strerror})") from None
     plots = draw_all(runs)
     images: dict[str, bytes] = {}
     for plot in plots:

@@ -146,7 +146,7 @@ def read_run(folder: PathType) -> Run:
 
 def read_yaml(path: Path) -> dict[str, object]:
     """A YAML file that holds a mapping; RunError naming it otherwise."""
-    if not path.exists():
+    if not path.is_file():
         raise RunError(f"{path}: no such file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -158,7 +158,7 @@ def read_yaml(path: Path) -> dict[str, object]:
 
 
 def _read_metrics(path: Path) -> tuple[list[Record], list[int], bool]:
-    if not path.exists():
+    if not path.is_file():
         raise EmptyRunError(f"{path}: no such file")
     *whole, rest = path.read_bytes().split(b"\n")
     kept: list[tuple[int, Record]] = []

@@ -13,17 +13,23 @@ MEASURES = ("mean", "pass", "worst_mean", "worst_pass")
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """The evaluations of one run: float64[N] of each measure and stratum, NaN where null; `at` are record indices."""
+    """The evaluations of one run: float64[N] of each measure and stratum, NaN where null; `at` are record indices.
+
+    `measures` and `strata` are of the same problems throughout: of those evaluated along the way (`eval_part`) where an
+    evaluation of more says what they were. What `final` gives is of all problems of the last evaluation.
+    """
 
     at: np.ndarray
     measures: Mapping[str, np.ndarray]
     strata: Mapping[tuple[str, str], np.ndarray]  # (stratum, "mean" or "pass") -> [N]
+    final_measures: Mapping[str, np.ndarray]
+    final_strata: Mapping[tuple[str, str], np.ndarray]
 
     def final(self, measure: str) -> float | None:
-        return _last(self.measures[measure])
+        return _last(self.final_measures[measure])
 
     def final_stratum(self, stratum: str, measure: str) -> float | None:
-        values = self.strata.get((stratum, measure))
+        values = self.final_strata.get((stratum, measure))
         return None if values is None else _last(values)
 
 
@@ -34,19 +40,31 @@ def curves(run: Run) -> Curves:
     evaluation; a run that logs no strata falls back on the `worst.mean` it wrote.
     """
     at = run.evaluated
-    strata = {
-        (name, part): run.scalars("eval", "strata", name, part)[at] for name in run.strata for part in ("mean", "pass")
-    }
-    measures = {part: run.scalars("eval", "overall", part)[at] for part in ("mean", "pass")}
-    for part in ("mean", "pass"):
-        rows = [values for (_, its_part), values in strata.items() if its_part == part]
+    whole = np.full(len(run.records), "eval", dtype=object)
+    part = np.array(["eval_part" if isinstance(r.get("eval_part"), Mapping) else "eval" for r in run.records], object)
+    measures, strata = _scores(run, part[at])
+    final_measures, final_strata = _scores(run, whole[at])
+    return Curves(at=at, measures=measures, strata=strata, final_measures=final_measures, final_strata=final_strata)
+
+
+def _scores(run: Run, source: np.ndarray) -> tuple[dict[str, np.ndarray], dict[tuple[str, str], np.ndarray]]:
+    """Measures and strata, each evaluation read from the summary that `source` [N] names."""
+
+    def read(*path: str) -> np.ndarray:
+        found = {name: run.scalars(name, *path)[run.evaluated] for name in dict.fromkeys(source)}
+        return np.array([found[name][i] for i, name in enumerate(source)], dtype=np.float64)
+
+    strata = {(name, kind): read("strata", name, kind) for name in run.strata for kind in ("mean", "pass")}
+    measures = {kind: read("overall", kind) for kind in ("mean", "pass")}
+    for kind in ("mean", "pass"):
+        rows = [values for (_, its_kind), values in strata.items() if its_kind == kind]
         if rows:
             stacked = np.stack(rows)
             least = np.where(np.isfinite(stacked), stacked, np.inf).min(axis=0)
-            measures[f"worst_{part}"] = np.where(np.isfinite(least), least, np.nan)
+            measures[f"worst_{kind}"] = np.where(np.isfinite(least), least, np.nan)
         else:
-            measures[f"worst_{part}"] = run.scalars("eval", "worst", part)[at]
-    return Curves(at=at, measures=measures, strata=strata)
+            measures[f"worst_{kind}"] = read("worst", kind)
+    return measures, strata
 
 
 def base(run: Run) -> Run | None:

@@ -35,6 +35,7 @@ class RunConfig:
     save_model: bool = True
 
     def __post_init__(self) -> None:
+        _check(bool(self.output.strip()), "run", "output", self.output, "a folder")
         _check(self.steps >= 1, "run", "steps", self.steps, "at least 1")
         _check(0 <= self.seed < 2**31, "run", "seed", self.seed, "in 0..2147483647")
         ok = self.checkpoint_every is None or self.checkpoint_every >= 1
@@ -238,7 +239,8 @@ class EvalConfig:
       every: steps between evaluations, None for the base and the end only.
       samples: responses per problem; k: of pass@k, at most `samples`.
       temperature, top_p, top_k: of evaluation sampling.
-      problems_per_stratum: use the first so many of each stratum along the way, None for all; the end uses all.
+      problems_per_stratum: use the first so many of each stratum along the way, None for all; the base and the end
+        are evaluated on all.
     """
 
     data: str | None = "embedded"

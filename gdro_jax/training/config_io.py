@@ -59,11 +59,22 @@ def save(config: Config, file: pathlib.Path) -> None:
     partial.replace(file)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which plain YAML keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(file: pathlib.Path) -> dict[str, dict[str, object]]:
     if not file.is_file():
         raise ConfigError(f"{file}: no such configuration file")
     try:
-        raw = yaml.safe_load(file.read_bytes()) or {}
+        raw = yaml.load(file.read_bytes(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
@@ -77,7 +88,8 @@ def _set(raw: dict[str, dict[str, object]], dotted: str, text: str) -> None:
         raise ConfigError(f"--{dotted}: expected --section.field VALUE")
     node: dict = raw
     for name in path[:-1]:
-        node = node.setdefault(name, {})
+        node[name] = {} if node.get(name) is None else node[name]
+        node = node[name]
         if not isinstance(node, dict):
             raise ConfigError(f"--{dotted}: {name} is not a section")
     node[path[-1]] = text if _takes_text(path, text) else _parsed(dotted, text)
@@ -92,9 +104,9 @@ def _takes_text(path: Sequence[str], text: str) -> bool:
 
 def _parsed(dotted: str, text: str) -> object:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--{dotted} {text}: not valid YAML") from None
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{dotted} {text}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def _section(kind: typing.Any, values: Mapping[str, object], section: str, where: str) -> object:

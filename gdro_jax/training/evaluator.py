@@ -35,8 +35,8 @@ class Evaluator:
     def __call__(self, model: Any, key: jax.Array, final: bool) -> tuple[Record, int]:
         """Summaries and the number of responses they took.
 
-        `eval` covers all problems at the end and the first of each stratum along the way; at the end `eval_part` is
-        the summary of the latter too (of the same responses), so that curves compare like with like.
+        `eval` covers all problems for the base and at the end, and the first of each stratum along the way; there
+        `eval_part` is the summary of the latter too (of the same responses), so that curves compare like with like.
         """
         prompts, samples = (self._all if final else self._some), self._config.eval.samples
         self._sampler.update(model)

@@ -37,6 +37,7 @@ class Collected(NamedTuple):
     """A step's plan and rollouts on the host, with the pieces the update will go through."""
 
     plan: controllers.Plan
+    rule_state: Any
     prompt_index: np.ndarray
     rollouts: Rollouts
     grades: rewards.Grades
@@ -82,23 +83,38 @@ class Trainer:
         opt_state = step.make_optimiser(config.train).init(parts.policy.model)
         rule_state = parts.rule.init(self._fold(_INIT))
         self.state = State(step.Learner(parts.policy.model, opt_state), rule_state)
-        _claim(self.folder, config)
+        claim(config)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.run.keep_checkpoints)
+        self._pending: records.Record | None = None  # a step's record that is not in the log yet
         resumed = self._resume()
-        self.log = records.MetricsFile(self.folder / "metrics.jsonl", self.step if resumed else -1)
+        try:
+            self.log = records.MetricsFile(self.folder / "metrics.jsonl", self.step if resumed else None)
+        except ValueError as error:
+            raise setup.InputError(str(error)) from None
+        if self.log.last is not None:  # it knows of the evaluation that followed the checkpoint
+            self.ledger, self._pending = Ledger(**self.log.last["ledger"]), None
 
     def run(self, on_record: Callable[[records.Record], None], stop: Callable[[], bool] = lambda: False) -> bool:
-        """Trains to the last step; True when done, False when `stop` asked for an end (a checkpoint is then saved)."""
-        if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps:
-            on_record(self._write({"step": 0} | self._evaluate(final=False)))
-        while self.step < self.config.run.steps and not stop():
-            record = self.one_step()
-            on_record(self._write(record))
-            every = self.config.run.checkpoint_every
-            if every is not None and self.step % every == 0:
-                self.save()
-        self.save()
-        done = self.step >= self.config.run.steps
+        """Trains to the last step; True when done, False when `stop` asked for an end.
+
+        However it ends, by a fault too, everything up to the last whole step is in a checkpoint.
+        """
+        try:
+            if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
+                on_record(self._write({"step": 0} | self._evaluate(final=True)))
+            while True:
+                if self._pending is not None:
+                    if self._evaluation_due() and stop():
+                        break
+                    on_record(self._finish(self._pending))
+                if stop() or self.step >= self.config.run.steps:
+                    break
+                self._pending = self.one_step()
+                if self._due(self.config.run.checkpoint_every):
+                    self.save()
+        finally:
+            self.save()
+        done = self.step >= self.config.run.steps and self._pending is None
         if done and self.config.run.save_model:
             policy, tokens_at = self.parts.policy, setup.tokenizer_folder(self.config.model)
             save_policy(self.state.learner.model, self.folder / "model", tokens_at, policy.stop_tokens)
@@ -108,22 +124,36 @@ class Trainer:
         """Plans, samples, grades, updates policy and controllers; returns the step's log record."""
         clock = Clock()
         compiled, programs = self.compiles.seconds, self.compiles.count
-        self.step += 1
         collected, result, rule_state, outcome = self._learn(self._collect(clock), clock)
         record = self._record(collected, result, rule_state, outcome)
-        self.state = State(result.learner, rule_state)
+        self.state, self.step = State(result.learner, rule_state), self.step + 1
         self._count(collected, clock, self.compiles.seconds - compiled)
         record |= {"seconds": clock.spent | {"total": clock.total}, "compiles": self.compiles.count}
         record["unexpected_compiles"] = self.compiles.count - programs if self._warm else 0
         self._warm = True
-        every, last = self.config.eval.every, self.step == self.config.run.steps
-        if self._evaluator is not None and (last or (every is not None and self.step % every == 0)):
-            record |= self._evaluate(final=last)
         return record
 
     def save(self) -> None:
-        """Checkpoints everything under the present step."""
-        self.checkpoints.save(self.step, self.state, dataclasses.asdict(self.ledger))
+        """Checkpoints everything under the present step, with the record that is not in the log yet."""
+        counters = {"ledger": dataclasses.asdict(self.ledger), "pending": records.plain(self._pending)}
+        self.checkpoints.save(self.step, self.state, counters)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _evaluation_due(self) -> bool:
+        last = self.step == self.config.run.steps
+        return self._evaluator is not None and (last or self._due(self.config.eval.every))
+
+    def _finish(self, record: records.Record) -> records.Record:
+        """The step's evaluation, if it is due, and its line in the log."""
+        if self._evaluation_due():
+            last = self.step == self.config.run.steps
+            if last:
+                self.save()  # evaluating everything takes a while
+            record = record | self._evaluate(final=last)
+        written, self._pending = self._write(record), None
+        return written
 
     def close(self) -> None:
         """Closes files; safe after an error."""
@@ -134,18 +164,17 @@ class Trainer:
         return jax.random.fold_in(jax.random.fold_in(self.key, purpose), number)
 
     def _collect(self, clock: Clock) -> Collected:
-        run, size = self.config.run, self.config.train.prompts_per_step
+        run, size, number = self.config.run, self.config.train.prompts_per_step, self.step + 1
         ids = prompt_data.order(run.seed, self.ledger.prompts, len(self.parts.train.problems), size)
-        plan, rule_state = self._plan(self.state.rule, ids, self._fold(_PLAN, self.step))
-        self.state = self.state._replace(rule=rule_state)
+        plan, rule_state = self._plan(self.state.rule, ids, self._fold(_PLAN, number))
         plan = jax.device_get(plan)
         index = batching.flat_index(plan.rollouts)
         pieces = self.config.train.minibatches * self.config.train.microbatches
-        cut = batching.cut(plan.rollouts, pieces, np.random.default_rng((run.seed, _CUT, self.step)))
+        cut = batching.cut(plan.rollouts, pieces, np.random.default_rng((run.seed, _CUT, number)))
         clock.lap("plan")
         ids = plan.prompt_ids
         self._sampler.update(self.state.learner.model)
-        key = self._fold(_SAMPLE, self.step)
+        key = self._fold(_SAMPLE, number)
         out = self._sampler.rows(self.tokens[ids], self.mask[ids], index, ids[index], key)
         clock.lap("sample")
         said = evaluation.texts(out, self.parts.policy.tokenizer, self.parts.policy.stop_tokens)
@@ -156,10 +185,10 @@ class Trainer:
         if unscorable > self.config.data.max_unscorable:
             reason = next(iter(grades.reasons.values()), "no reason given")
             raise UnscorableError(
-                f"step {self.step}: {unscorable:.0%} of the responses could not be graded, "
+                f"step {number}: {unscorable:.0%} of the responses could not be graded, "
                 f"more than data.max_unscorable={self.config.data.max_unscorable}; the first because: {reason}"
             )
-        return Collected(plan, index, out, grades, cut)
+        return Collected(plan, rule_state, index, out, grades, cut)
 
     def _learn(self, collected: Collected, clock: Clock) -> tuple[Collected, step.StepResult, Any, controllers.Outcome]:
         """Updates policy and controllers; the plan returned holds the weights that were used."""
@@ -180,12 +209,12 @@ class Trainer:
         fixed = (self.reference, batch, self.config.train, self.config.sampling.temperature)
         if self.config.controller.settings.get("use_current_batch"):
             seen = outcome._replace(signal=np.asarray(self._signal(self.state.learner.model, *fixed)))
-            weights = jax.device_get(self._reweigh(self._update_rule(self.state.rule, plan, seen), plan))
+            weights = jax.device_get(self._reweigh(self._update_rule(collected.rule_state, plan, seen), plan))
             fixed = (fixed[0], batch._replace(weights=weights), *fixed[2:])
             collected = collected._replace(plan=plan._replace(weights=weights))
         result = self._update(self.state.learner, *fixed)
         outcome = outcome._replace(signal=np.asarray(result.signal))
-        rule_state = jax.block_until_ready(self._update_rule(self.state.rule, plan, outcome))
+        rule_state = jax.block_until_ready(self._update_rule(collected.rule_state, plan, outcome))
         clock.lap("update")
         return collected, result, rule_state, outcome
 
@@ -202,12 +231,12 @@ class Trainer:
         bins = records.bin_record(np.asarray(plan.bins), weights, rollouts, reward, variance, num_bins)
         strata = self.strata[plan.prompt_ids].tolist()
         metrics = {name: float(value) for name, value in result.metrics.items()}
-        updates = self.step * self.config.train.minibatches
+        number = self.step + 1
         return {
-            "step": self.step,
+            "step": number,
             "reward": records.mean(reward),  # over prompts: rows would count the prompts with more rollouts more
             **metrics,
-            "learning_rate": float(step.learning_rate(self.config.train)(updates - 1)),
+            "learning_rate": float(step.learning_rate(self.config.train)(number * self.config.train.minibatches - 1)),
             "response_length": float(out.mask.sum(1).mean()),
             "unscorable": float(1.0 - grades.scorable.mean()),
             "clipped_length": float(1.0 - out.finished.mean()),
@@ -250,7 +279,7 @@ class Trainer:
         if latest is None:
             return False
         self.state, counters = self.checkpoints.restore(latest, self.state)
-        self.ledger, self.step = Ledger(**counters), latest
+        self.ledger, self._pending, self.step = Ledger(**counters["ledger"]), counters["pending"], latest
         return True
 
 
@@ -271,16 +300,34 @@ def _outcome(collected: Collected, num_prompts: int) -> controllers.Outcome:
     )
 
 
-def _claim(folder: pathlib.Path, config: Config) -> None:
-    """Makes the run's folder, or checks that the run in it is this one (its length and logging may differ)."""
+def claim(config: Config, write: bool = True) -> None:
+    """Makes the run's folder, or checks that the run in it is this one (its length and logging may differ).
+
+    With `write=False` only looks.
+
+    Raises:
+      setup.InputError: the folder holds something else, or cannot be written.
+    """
+    folder = pathlib.Path(config.run.output)
     file = folder / "config.yaml"
     if file.exists():
         found = config_io.load(file)
-        same = dataclasses.replace(found, run=config.run, compare=config.compare) == config
-        if not same or found.run.seed != config.run.seed:
+        mine, theirs = config_io.to_dict(config), config_io.to_dict(found)
+        unlike = [
+            f"{section}.{name}={theirs[section][name]!r}, now {value!r}"
+            for section, fields in mine.items()
+            for name, value in fields.items()
+            if value != theirs[section][name] and (section not in ("run", "compare") or name == "seed")
+        ]
+        if unlike:
             raise setup.InputError(
-                f"run.output={config.run.output!r}: holds a run of another configuration; "
+                f"run.output={config.run.output!r}: holds a run of another configuration ({'; '.join(unlike)}); "
                 "choose another folder, or give the same settings to resume it"
             )
-    setup.claim_folder(str(folder), "run.output")
-    config_io.save(config, file)
+    elif any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        raise setup.InputError(
+            f"run.output={config.run.output!r}: holds a run without its config.yaml; choose another folder"
+        )
+    if write:
+        setup.claim_folder(str(folder), "run.output")
+        config_io.save(config, file)

@@ -68,18 +68,33 @@ class MetricsFile:
     """Appends records to `metrics.jsonl`, each line flushed to disk before the run goes on.
 
     Args:
-      path: the file; records after step `keep_until` (written by a run that was cut off) are removed.
+      path: the file.
+      keep_until: the step of the checkpoint that the run goes on from, None where there is none. Records after it,
+        written by a run that was cut off, are removed; without a checkpoint the whole file is set aside as
+        `metrics.jsonl.old`.
+
+    Attributes:
+      last: the record of step `keep_until`, None if it is not there.
+      steps: of the records kept.
+
+    Raises:
+      ValueError: a line that is no record, or records missing before the checkpoint.
     """
 
-    def __init__(self, path: pathlib.Path, keep_until: int):
-        kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if _step(line) <= keep_until]
+    def __init__(self, path: pathlib.Path, keep_until: int | None):
+        lines = path.read_text().splitlines() if path.exists() else []
+        steps = [_step(line, f"{path}:{number}", number == len(lines)) for number, line in enumerate(lines, start=1)]
+        if keep_until is None and any(steps):
+            os.replace(path, path.with_suffix(".jsonl.old"))
+        kept = [(s, line) for s, line in zip(steps, lines, strict=True) if keep_until is not None and s <= keep_until]
+        self.steps = {step for step, _ in kept}
+        missing = sorted(set(range(1, keep_until or 0)) - self.steps)
+        if missing:
+            raise ValueError(f"{path}: holds no record of step {missing[0]}, but there is a checkpoint of {keep_until}")
+        self.last = json.loads(kept[-1][1]) if kept and kept[-1][0] == keep_until else None
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
+        partial.write_text("".join(line + "\n" for _, line in kept))
         os.replace(partial, path)
-        self.steps = {json.loads(line)["step"] for line in kept}
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, object]) -> None:
@@ -93,12 +108,17 @@ class MetricsFile:
         self._file.close()
 
 
-def _step(line: str) -> float:
-    """The step of a line; infinity for a line that was cut off."""
+def _step(line: str, where: str, last: bool) -> float:
+    """The step of a line; infinity for a last line that was cut off."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        step = None
+    if isinstance(step, int):
+        return step
+    if last:
         return math.inf
+    raise ValueError(f"{where}: not a record of a step; mend or delete the line to go on")
 
 
 def plain(value: object) -> object:

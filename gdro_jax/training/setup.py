@@ -2,6 +2,7 @@
 
 import importlib.resources
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -178,13 +179,15 @@ def claim_folder(path: str, field: str) -> pathlib.Path:
     """Makes a folder to write to.
 
     Raises:
-      InputError: it cannot be made, or something else is there.
+      InputError: it cannot be made or written, or something else is there.
     """
     folder = pathlib.Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise InputError(f"{field}={path!r}: cannot be made a folder ({error.strerror})") from None
+        raise InputError(f"{field}={path!r}: not a folder that can be written ({error.strerror})") from None
     return folder
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gdro_jax import report
+from gdro_jax.report.scores import curves
 from gdro_jax.report.statistics import mean_and_spread, moving_mean, paired_difference
 from gdro_jax.report.tables import amount, difference, duration
 
@@ -62,6 +63,21 @@ def test_strata_table_by_hand(pair):
     assert rows[1]["mean_difference"].mean == pytest.approx((0.10 + 0.18) / 2)
     assert rows[3]["pass_difference"].mean == pytest.approx(0.1)
     assert rows[0]["problems"] == 10
+
+
+def test_curves_are_of_the_same_problems_and_the_end_of_all(write_run):
+    """Along the way 8 problems a stratum; base and end on all, with the 8 beside it: no rise where there was none."""
+    part, everything = scores((0.2, 0.4), (0.6, 0.8)), scores((0.3, 0.5), (0.9, 1.0))
+    records = [
+        {"step": 0, "eval": everything, "eval_part": part},
+        {"step": 1, "eval": part},
+        {"step": 2, "eval": everything, "eval_part": part},
+    ]
+    found = curves(report.read_run(write_run("run", records)))
+    for measures in (found.measures["mean"], found.strata["hard", "mean"], found.measures["worst_pass"]):
+        assert measures.shape == (3,) and np.ptp(measures) == 0.0
+    assert found.measures["mean"][0] == pytest.approx(0.4) and found.final("mean") == pytest.approx(0.6)
+    assert found.final_stratum("easy", "mean") == pytest.approx(0.9)
 
 
 def test_the_worst_stratum_is_the_worst_of_each_run(write_run):

@@ -92,6 +92,7 @@ def test_a_run_without_a_checkpoint_starts_over(configure, launch, heldout, tmp_
     dead.log.write({"step": 1, "ledger": {}})
     dead.close()
     train(launch(config))
+    assert (tmp_path / "run" / "metrics.jsonl.old").read_text().count("\n") == 2  # what was logged is set aside
     lines = logged(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1]
     assert lines[0]["ledger"]["eval_rollouts"] == 12 and lines[1]["ledger"]["eval_rollouts"] == 24
@@ -116,6 +117,70 @@ def test_a_folder_of_another_configuration_is_refused(configure, launch, tmp_pat
         assert "\n" not in str(caught.value) and str(tmp_path / "run") in str(caught.value)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     launch(configure("run.steps=2", "run.log_every=3", "run.keep_checkpoints=1"))  # these may change
+
+
+def test_a_folder_that_lost_its_configuration_is_refused(configure, launch, tmp_path):
+    train(launch(configure("run.steps=1")))
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"holds a run without its config\.yaml"):
+        launch(configure("run.steps=1", "train.learning_rate=0.02"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_log_that_does_not_fit_the_checkpoint_is_refused(configure, launch, tmp_path):
+    train(launch(configure("run.steps=3")))
+    file = tmp_path / "run" / "metrics.jsonl"
+    first, *rest = file.read_text().splitlines(keepends=True)
+    for text, words in (
+        ("".join(rest), "holds no record of step 1, but there is a checkpoint of 3"),
+        (first + "[]\n" + rest[1], r"metrics\.jsonl:2: not a record"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=words):
+            launch(configure("run.steps=3"))
+        assert file.read_text() == text
+
+
+def test_a_fault_leaves_a_checkpoint_of_the_last_whole_step(configure, launch, heldout, tmp_path):
+    """A fault in step 3, and one in the last evaluation: the run goes on from there and ends as one without faults."""
+    config = configure(*SAMPLED, *heldout, "run.steps=4", "run.checkpoint_every=null", output="parts")
+    whole = launch(configure(*SAMPLED, *heldout, "run.steps=4", "run.checkpoint_every=null", output="whole"))
+    train(whole)
+    first = launch(config)
+    first._update = boom_after(first._update, 2)
+    with pytest.raises(RuntimeError, match="boom"):
+        train(first)
+    assert first.checkpoints.latest() == first.step == 2
+    first.close()
+    second = launch(config)
+    assert second.step == 2
+    second._evaluator = boom_after(second._evaluator, 0)
+    with pytest.raises(RuntimeError, match="boom"):
+        train(second)
+    assert second.checkpoints.latest() == 4
+    second.close()
+    third = launch(config)
+    assert [record["step"] for record in train(third)] == [4]  # only its evaluation was missing
+    assert_equal(third.state, whole.state)
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
+def boom_after(function, calls: int):
+    left = [calls]
+
+    def wrapped(*args, **kwargs):
+        if not left[0]:
+            raise RuntimeError("boom")
+        left[0] -= 1
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def test_a_stop_asked_at_once_samples_nothing(configure, launch, heldout, tmp_path):
+    trainer = launch(configure(*heldout))
+    assert trainer.run(lambda record: None, lambda: True) is False
+    assert logged(tmp_path / "run") == [] and trainer.checkpoints.latest() == 0
 
 
 def test_the_step_compiles_once(configure, launch, tmp_path):
