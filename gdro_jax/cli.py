@@ -95,8 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "report": "figures and report.html of one run, or of several compared",
     }
     for name, text in texts.items():
-        epilog = None if name in ("report", "export") else f"Every field, with its default:\n{fields}"
-        epilog = None if name == "report" else f"Every field, with its default:\n{_fields(name)}"
+        epilog = None if name in ("report", "export") else f"Every field, with its default:\n{_fields(name)}"
         sub = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         if name == "report":
