@@ -67,6 +67,8 @@ class ModelConfig:
     random_init: int | None = None
 
     def __post_init__(self) -> None:
+        ok = self.random_init is None or 0 <= self.random_init < 2**31
+        _check(ok, "model", "random_init", self.random_init, "in 0..2147483647, or null")
         for field in ("dtype", "param_dtype"):
             value = getattr(self, field)
             _check(value in ("float32", "bfloat16"), "model", field, value, "float32 or bfloat16")
