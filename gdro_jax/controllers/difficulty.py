@@ -4,7 +4,10 @@ N prompts in the data set, P prompts in a call, B bins, H the window. Bin 0 is t
 Eq. 10 and the hysteresis around it; the statistics `pass_at_k` and `beta` are this project's.
 
 The statistic matters: "any of n was right" (`any`, as published) rises with n, so a bin that an allocator gives more
-rollouts looks easier because it got more. `pass_at_k` and `beta` estimate pass@k for one fixed k whatever n was.
+rollouts looks easier because it got more. `pass_at_k` and `beta` estimate pass@k for one fixed k whatever n was. An
+unbiased estimator of it needs n >= k; below that `pass_at_k` takes the Beta posterior's pass@k instead, which leans to
+the prompt's past and to the prior but does not rise with n. `controllers.make` does not accept `pass_at_k` with a k
+above the fewest rollouts a prompt can get.
 """
 
 from dataclasses import dataclass
@@ -130,13 +133,15 @@ def update(cfg: Config, state: State, prompt_ids: ArrayLike, num_correct: ArrayL
     old = _rows(state, ids)
     decay = 1.0 - 1.0 / cfg.window
     slot = old.visits % cfg.window
-    outcome = _outcome(cfg, c, n).astype(old.history.dtype)
+    successes = decay * old.successes + c.astype(jnp.float32)
+    failures = decay * old.failures + (n - c).astype(jnp.float32)
+    outcome = _outcome(cfg, c, n, successes, failures).astype(old.history.dtype)
     here = jnp.arange(old.history.shape[1], dtype=jnp.int32)[None, :] == slot[:, None]
     new = State(
         history=jnp.where(here, outcome[:, None], old.history),
         visits=old.visits + 1,
-        successes=decay * old.successes + c.astype(jnp.float32),
-        failures=decay * old.failures + (n - c).astype(jnp.float32),
+        successes=successes,
+        failures=failures,
         bin=old.bin,
     )
     where = jnp.where((n > 0) & (ids >= 0), ids, state.visits.shape[0])
@@ -159,16 +164,13 @@ def bin_of(cfg: Config, rate: jax.Array) -> jax.Array:
 
 
 def unbiased_pass_at_k(num_correct: jax.Array, num_rollouts: jax.Array, k: int) -> jax.Array:
-    """1 - C(n-c, k)/C(n, k) in log space where n >= k, float32[P]; NaN where n = 0.
-
-    Where 0 < n < k no unbiased estimator exists: 1 - (1 - c/n)^k stands in, which is low on average.
-    """
+    """1 - C(n-c, k)/C(n, k) in log space where n >= k, float32[P]; NaN where n < k: no unbiased estimator exists."""
     n = jnp.asarray(num_rollouts).astype(jnp.float32)[:, None]
     c = jnp.asarray(num_correct).astype(jnp.float32)[:, None]
     drawn = jnp.arange(k, dtype=jnp.float32)[None, :]
-    ratio = jnp.where(n >= k, c / jnp.maximum(n - drawn, 1.0), c / n)
+    ratio = c / jnp.maximum(n - drawn, 1.0)
     log_all_wrong = jnp.sum(jnp.log1p(-jnp.minimum(ratio, 1.0)), axis=1)
-    return -jnp.expm1(log_all_wrong)
+    return jnp.where(n[:, 0] >= k, -jnp.expm1(log_all_wrong), jnp.nan)
 
 
 def _rows(state: State, ids: jax.Array) -> State:
@@ -176,10 +178,11 @@ def _rows(state: State, ids: jax.Array) -> State:
     return State(*(leaf.at[where].get(mode="fill", fill_value=0) for leaf in state))
 
 
-def _outcome(cfg: Config, c: jax.Array, n: jax.Array) -> jax.Array:
-    """The outcome of one visit, float32[P]; Eq. 10's indicator for `any`."""
+def _outcome(cfg: Config, c: jax.Array, n: jax.Array, successes: jax.Array, failures: jax.Array) -> jax.Array:
+    """The outcome of one visit, float32[P]; Eq. 10's indicator for `any`. The evidence includes this visit's."""
     if cfg.statistic == "pass_at_k":
-        return unbiased_pass_at_k(c, n, cfg.k)
+        posterior = beta.pass_at_k(cfg.prior[0] + successes, cfg.prior[1] + failures, cfg.k)
+        return jnp.where(n >= cfg.k, unbiased_pass_at_k(c, n, cfg.k), posterior)
     return (c > 0).astype(jnp.float32)
 
 

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from gdro_jax.controllers import difficulty, prompt_gdro, rollout_gdro, rules
+from gdro_jax.controllers import _checks, difficulty, prompt_gdro, rollout_gdro, rules
 
 _OWN_DIFFICULTY: Mapping[str, object] = {"edges": (0.1, 0.25, 0.5, 0.75, 0.9), "statistic": "beta", "unseen": "prior"}
 _PUBLISHED_PROMPT: Mapping[str, object] = {
@@ -96,7 +96,8 @@ def make(name: str, *, num_prompts: int, prompts_per_step: int, mean_rollouts: i
     lists them with their defaults.
 
     Raises ValueError for an unknown name or setting (with a suggestion), a setting given twice or without a needed
-    prefix, and any value that a configuration does not allow.
+    prefix, any value that a configuration does not allow, and statistic="pass_at_k" with a k above the fewest rollouts
+    that a prompt can get (min_rollouts, or mean_rollouts without a rollout adversary): it would not be unbiased.
     """
     recipe = _recipe(name)
     given: dict[str, dict[str, object]] = {part: {} for part in (*recipe.parts, "rule")}
@@ -122,6 +123,7 @@ def make(name: str, *, num_prompts: int, prompts_per_step: int, mean_rollouts: i
             mean_rollouts=mean_rollouts,
             **(bounds | given["rollout"]),  # type: ignore[arg-type]
         )
+    _need_enough_rollouts(levels, rollout, mean_rollouts)
     config = rules.Config(
         num_prompts=num_prompts,
         prompts_per_step=prompts_per_step,
@@ -138,6 +140,15 @@ def make(name: str, *, num_prompts: int, prompts_per_step: int, mean_rollouts: i
 def _need_integer(mean_rollouts: object) -> None:
     if isinstance(mean_rollouts, bool) or not isinstance(mean_rollouts, int) or mean_rollouts < 1:
         raise ValueError(f"mean_rollouts={mean_rollouts!r} is not allowed: it must be an integer >= 1")
+
+
+def _need_enough_rollouts(levels: difficulty.Config, rollout: rollout_gdro.Config | None, mean_rollouts: int) -> None:
+    if levels.statistic != "pass_at_k":
+        return
+    field, fewest = ("mean_rollouts", mean_rollouts) if rollout is None else ("min_rollouts", rollout.min_rollouts)
+    if levels.k > fewest:
+        allowed = f"at most {field}={fewest} under statistic='pass_at_k', which is unbiased only for k rollouts or more"
+        raise _checks.reject("k", levels.k, allowed)
 
 
 def _recipe(name: str) -> _Recipe:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from gdro_jax.controllers import _checks, difficulty, prompt_gdro, reporting, rollout_gdro
+from gdro_jax.controllers import _checks, beta, difficulty, prompt_gdro, reporting, rollout_gdro
 
 SIGNALS = ("error", "surrogate", "pass_error")
 
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
 class Outcome(NamedTuple):
     """What came of a plan; arrays [P]. Unscorable rollouts count nowhere but in `num_unscorable`."""
 
-    num_correct: ArrayLike  # int, right rollouts
+    num_correct: ArrayLike  # int, right rollouts; clipped to 0 ... num_rollouts
     num_rollouts: ArrayLike  # int, scored rollouts; 0 leaves every state as it is for this prompt
     num_unscorable: ArrayLike  # int, rollouts the verifier failed on
     signal: ArrayLike  # float, surrogate loss of Eq. 7; non-finite entries are left out
@@ -60,7 +60,9 @@ class Config:
     """Everything a rule made of the three parts is told.
 
     signal: what the prompt adversary sees: "error" (1 - mean reward), "pass_error" (1 - pass@k) or "surrogate"
-        (`Outcome.signal`). The rollout adversary's surrogate utilities always see `Outcome.signal`.
+        (`Outcome.signal`). The pass@k is the Beta posterior's after the step, whatever n was: an estimate from the
+        step's n rollouts alone is unbiased only for n >= k, and below that makes a bin look worse for its small n. It
+        remembers about `difficulty.window` visits. The rollout adversary's surrogate utilities see `Outcome.signal`.
     use_current_batch: weights come from the state after the batch: call `Rule.reweigh` after `Rule.update`.
     shuffle: a control: "weights" shuffled over the bins of the step, "budgets" over its prompts, or None.
 
@@ -123,10 +125,10 @@ def compose(cfg: Config) -> Rule:
         ids, bins = plan.prompt_ids, plan.bins
         levels = difficulty.update(cfg.difficulty, state.difficulty, ids, seen.num_correct, seen.num_rollouts)
         prompt, rollout = state.prompt, state.rollout
+        posterior = difficulty.posterior(cfg.difficulty, levels, ids)
         if cfg.prompt is not None and prompt is not None:
-            prompt = prompt_gdro.update(cfg.prompt, prompt, bins, _signal(cfg, seen))
+            prompt = prompt_gdro.update(cfg.prompt, prompt, bins, _signal(cfg, seen, posterior))
         if cfg.rollout is not None and rollout is not None and plan.allocation is not None:
-            posterior = difficulty.posterior(cfg.difficulty, levels, ids)
             known = jnp.asarray(seen.num_rollouts) > 0
             rollout = rollout_gdro.update(
                 cfg.rollout,
@@ -134,7 +136,7 @@ def compose(cfg: Config) -> Rule:
                 bins,
                 plan.allocation._replace(per_prompt=plan.rollouts),
                 seen.signal,
-                seen.reward_variance,
+                _variance(cfg.rollout, seen, posterior),
                 posterior=(jnp.where(known, posterior[0], jnp.nan), jnp.where(known, posterior[1], jnp.nan)),
             )
         return State(levels, prompt, rollout)
@@ -188,12 +190,12 @@ def _shuffled(rollouts: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _scored(outcome: Outcome, prompts: int) -> Outcome:
-    """The outcome with checked shapes, and NaN where a prompt has no scored rollout."""
+    """The outcome with checked shapes, 0 <= num_correct <= num_rollouts, and NaN where no rollout was scored."""
     n = _checks.int_vector("num_rollouts", outcome.num_rollouts, prompts)
     signal = _checks.float_vector("signal", outcome.signal, prompts)
     variance = _checks.float_vector("reward_variance", outcome.reward_variance, prompts)
     return Outcome(
-        _checks.int_vector("num_correct", outcome.num_correct, prompts),
+        jnp.clip(_checks.int_vector("num_correct", outcome.num_correct, prompts), 0, jnp.maximum(n, 0)),
         n,
         _checks.int_vector("num_unscorable", outcome.num_unscorable, prompts),
         jnp.where(n > 0, signal, jnp.nan),
@@ -201,10 +203,25 @@ def _scored(outcome: Outcome, prompts: int) -> Outcome:
     )
 
 
-def _signal(cfg: Config, seen: Outcome) -> jax.Array:
+def _variance(cfg: rollout_gdro.Config, seen: Outcome, posterior: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The prompts' reward variances; where a plan may give one rollout, which shows none, the posterior's stands in.
+
+    Without it a bin at one rollout could never again show a variance, and would stay there. E[p (1 - p)] is that of
+    rewards 0 and 1. Rules that give everyone two rollouts or more leave such prompts out.
+    """
+    given = jnp.asarray(seen.reward_variance)
+    if cfg.min_rollouts > 1:
+        return given
+    alpha, failures = posterior
+    total = alpha + failures
+    expected = (alpha / total) * (failures / (total + 1.0))
+    return jnp.where((jnp.asarray(seen.num_rollouts) == 1) & ~jnp.isfinite(given), expected, given)
+
+
+def _signal(cfg: Config, seen: Outcome, posterior: tuple[jax.Array, jax.Array]) -> jax.Array:
     c, n = jnp.asarray(seen.num_correct), jnp.asarray(seen.num_rollouts)
     if cfg.signal == "surrogate":
         return jnp.asarray(seen.signal)
     if cfg.signal == "pass_error":
-        return jnp.where(n > 0, 1.0 - difficulty.unbiased_pass_at_k(c, n, cfg.difficulty.k), jnp.nan)
+        return jnp.where(n > 0, 1.0 - beta.pass_at_k(*posterior, cfg.difficulty.k), jnp.nan)
     return jnp.where(n > 0, 1.0 - c.astype(jnp.float32) / jnp.maximum(n, 1).astype(jnp.float32), jnp.nan)

@@ -1,5 +1,6 @@
 """The laws that every rule obeys, as a table over `controllers.names()` and the variants of settings that matter."""
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -307,8 +308,11 @@ def test_weights_of_the_current_batch_come_after_the_update():
 
 
 def test_signals_are_what_their_names_say():
-    """Two prompts, 1 of 4 and 4 of 4 right; bins by the prior: one bin, so its score is the mean of the signals."""
-    wanted = {"error": (0.75 + 0.0) / 2, "pass_error": (3 / 6 + 0.0) / 2, "surrogate": (0.3 - 0.1) / 2}
+    """Two prompts, 1 of 4 and 4 of 4 right; bins by the prior: one bin, so its score is the mean of the signals.
+
+    Posteriors Beta(1.5, 3.5) and Beta(4.5, 0.5): 1 - pass@2 is b (b+1) / ((a+b) (a+b+1)), 15.75/30 and 0.75/30.
+    """
+    wanted = {"error": (0.75 + 0.0) / 2, "pass_error": (15.75 + 0.75) / 60, "surrogate": (0.3 - 0.1) / 2}
     for signal, mean in wanted.items():
         rule = controllers.make(
             "prompt_gdro", num_prompts=2, prompts_per_step=2, mean_rollouts=4, k=2, signal=signal, ema=1.0
@@ -317,6 +321,66 @@ def test_signals_are_what_their_names_say():
         c, n = np.array([1, 4]), np.array([4, 4])
         state = rule.update(state, plan, controllers.Outcome(c, n, 0 * n, np.array([0.3, -0.1]), np.zeros(2)))
         assert float(state.prompt.scores[plan.bins[0]]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_pass_error_does_not_fall_because_a_bin_got_more_rollouts():
+    """Success rate 1/6, k = 8: over all outcomes of n rollouts the signal's mean is the same for every n.
+
+    (1 - c/n)^8 would fall from 0.70 at n = 2 to 0.37 at n = 8.
+    """
+    rule = controllers.make(
+        "prompt_gdro", num_prompts=9, prompts_per_step=9, mean_rollouts=4, signal="pass_error", ema=1.0, k=8
+    )
+    seen, step = {}, jax.jit(rule.update)
+    plan, start = jax.jit(rule.plan)(rule.init(jax.random.key(0)), np.arange(9), jax.random.key(0))
+    for n in (2, 4, 7, 8):
+        likely = np.array([math.comb(n, c) * 5.0 ** (n - c) / 6.0**n for c in range(n + 1)])
+        scores = []
+        for c in range(n + 1):
+            count = np.full(9, n, np.int32)
+            state = step(start, plan, controllers.Outcome(np.full(9, c), count, 0 * count, np.zeros(9), np.zeros(9)))
+            scores.append(float(state.prompt.scores[plan.bins[0]]))
+        seen[n] = float(likely @ np.array(scores))
+    assert max(seen.values()) - min(seen.values()) < 0.03, seen
+    assert seen[2] == pytest.approx(0.34702, rel=1e-3)  # by Beta(1/2 + c, 1/2 + 2 - c)
+
+
+def test_one_rollout_is_no_trap():
+    """min_rollouts = 1 and variances NaN below two rollouts: bins taken to one rollout come back.
+
+    For 6 steps nothing varies but bin 1, then every prompt is right half of the time.
+    """
+    rule = controllers.make(
+        "rollout_gdro",
+        num_prompts=8,
+        prompts_per_step=8,
+        mean_rollouts=4,
+        min_rollouts=1,
+        edges=(0.5,),
+        statistic="any",
+        hysteresis=0.0,
+        window=4,
+    )
+    state = rule.init(jax.random.key(0))
+    bins = jnp.array([0, 0, 0, 0, 1, 1, 1, 1], jnp.int32)
+    state = state._replace(difficulty=state.difficulty._replace(visits=state.difficulty.visits + 1, bin=bins))
+    rollout = state.rollout._replace(
+        variances=jnp.array([0.0, 0.25]), variance_visits=jnp.ones(2, jnp.int32), visits=jnp.ones(2, jnp.int32),
+        scores=jnp.array([0.0, 0.25])[:, None] / jnp.arange(1.0, 13.0),
+    )  # fmt: skip
+    start = state._replace(rollout=rollout)
+    plan, _ = jax.jit(rule.plan)(start, np.arange(8), jax.random.key(0))
+    counts = np.asarray(plan.rollouts)
+    assert (counts[:4] == 1).all() and (counts[4:] == 7).all()
+    c = np.where(counts == 1, np.arange(8) % 2, counts // 2)
+    rate = c / counts
+    variance = np.where(counts > 1, rate * (1 - rate) * counts / np.maximum(counts - 1, 1), np.nan)
+    state = jax.jit(rule.update)(
+        start, plan, controllers.Outcome(c, counts, 0 * c, np.zeros(8, np.float32), variance.astype(np.float32))
+    )
+    got = float(state.rollout.variances[0])  # Beta(1.5, 0.5) and Beta(0.5, 1.5): E[p (1-p)] = 0.75 / (2 * 3)
+    assert got == pytest.approx(0.4 * 0.125, rel=1e-4)
+    assert got > 0.0
 
 
 def test_joint_gives_more_to_bins_the_adversary_favours():

@@ -60,6 +60,8 @@ def test_prefixes():
         ("rollout_gdro", {"min_rollouts": 5}, "min_rollouts=5 is not allowed: it must be at most mean_rollouts=4"),
         ("rollout_gdro", {"max_rollouts": 3}, "max_rollouts=3 is not allowed: it must be at least mean_rollouts=4"),
         ("rollout_gdro", {"edges": (0.5, 0.1)}, "edges="),
+        ("uniform", {"statistic": "pass_at_k"}, "k=8 is not allowed: it must be at most mean_rollouts=4"),
+        ("joint", {"statistic": "pass_at_k", "k": 3}, "k=3 is not allowed: it must be at most min_rollouts=2"),
     ],
 )
 def test_errors(name, settings, said):
