@@ -25,7 +25,7 @@ class Config:
     num_bins: B. step_size: eta_q of Eq. 14. ema: beta of Eq. 12. exploration: gamma of Eq. 15.
     score_clip: C of Eq. 14; None or inf is off. weight_cap: omega_max of Eq. 16; None is off.
     divide_by_share: divide a bin's loss by max(its share of the batch, share_floor).
-    ema_debias: divide a score by 1 - (1 - ema)^visits, as Adam does.
+    ema_debias: divide a score by 1 - (1 - ema)^visits, as Adam does; a bin never visited takes the others' mean.
     weights: "published" (omega, capped), "released" (q over the bins of the batch, capped) or "batch_mean_one" (omega,
         capped, divided by its batch mean).
 
@@ -123,13 +123,19 @@ def update(cfg: Config, state: State, bins: ArrayLike, signal: ArrayLike) -> Sta
 
 
 def debiased_scores(cfg: Config, state: State) -> jax.Array:
-    """The scores that Eq. 14 sees before clipping, float32[B]; 0 for a bin never visited."""
+    """The scores that Eq. 14 sees before clipping, float32[B].
+
+    A bin never visited has nothing to say: under `ema_debias` it takes the mean of the others (0 before any visit), so
+    that it is neither favoured nor held down at its first visit; without (as published) it keeps its initial 0.
+    """
     scores = jnp.clip(state.scores, -_HUGE, _HUGE)
     if not cfg.ema_debias:
         return scores
     visits = state.visits.astype(jnp.float32)
     mass = -jnp.expm1(visits * math.log1p(-cfg.ema)) if cfg.ema < 1.0 else jnp.minimum(visits, 1.0)
-    return jnp.where(state.visits > 0, scores / jnp.maximum(mass, jnp.finfo(jnp.float32).tiny), 0.0)
+    seen = state.visits > 0
+    debiased = jnp.where(seen, scores / jnp.maximum(mass, jnp.finfo(jnp.float32).tiny), 0.0)
+    return jnp.where(seen, debiased, jnp.sum(debiased / jnp.maximum(jnp.sum(seen, dtype=jnp.float32), 1.0)))
 
 
 def log_omega(cfg: Config, state: State) -> jax.Array:

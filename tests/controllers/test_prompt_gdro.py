@@ -57,7 +57,20 @@ def test_debias_makes_early_scores_plain_means():
     for _ in range(3):
         state = prompt_gdro.update(cfg, state, [0, 0], [0.7, 0.5])
     np.testing.assert_allclose(state.scores[0], 0.6 * (1 - 0.88**3), rtol=1e-5)
-    np.testing.assert_allclose(prompt_gdro.debiased_scores(cfg, state), [0.6, 0.0], rtol=1e-5)
+    np.testing.assert_allclose(prompt_gdro.debiased_scores(cfg, state), [0.6, 0.6], rtol=1e-5)
+
+
+def test_a_bin_never_visited_takes_the_others_mean():
+    """Bins 0 and 2 at 0.9 and 0.3 give bin 1 the score 0.6; without `ema_debias` it keeps 0; 0 before any visit."""
+    cfg = prompt_gdro.Config(3, ema=0.5)
+    start = prompt_gdro.init(cfg)
+    assert prompt_gdro.debiased_scores(cfg, start).tolist() == [0.0, 0.0, 0.0]
+    state = prompt_gdro.update(cfg, start, [0, 2], [0.9, 0.3])
+    np.testing.assert_allclose(prompt_gdro.debiased_scores(cfg, state), [0.9, 0.6, 0.3], rtol=1e-5)
+    first, second, third = np.asarray(prompt_gdro.weights(cfg, state, [0, 1, 2]))
+    assert first > second > third
+    published = prompt_gdro.Config(3, ema=0.5, ema_debias=False)
+    np.testing.assert_allclose(prompt_gdro.debiased_scores(published, state), [0.45, 0.0, 0.15], rtol=1e-5)
 
 
 def test_non_finite_signals_are_left_out():
