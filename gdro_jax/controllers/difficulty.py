@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from gdro_jax.controllers import _checks, beta
 
-_SLACK = 1e-6  # an estimate this close to a boundary counts as on it: 3/10 is not below 0.3
+_SLACK = 1e-6  # an estimate this little below a boundary counts as on it: 3/10 is not below 0.3
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Config:
     edges: increasing boundaries a_0 < ... inside (0, 1); bin b is [a_{b-1}, a_b), the last closed on the right.
     window: H, visits. `any` and `pass_at_k` average the last H outcomes; under `beta` a visit's evidence is multiplied
         by 1 - 1/H at each later visit, so that evidence of about H visits is in force.
-    hysteresis: how far past the boundary an estimate must be for the prompt to leave its bin (not used by `beta`).
+    hysteresis: how far past the boundary an estimate must be for the prompt to leave its bin, but never past 0 or 1, so
+        that every bin can be reached (not used by `beta`).
     statistic: "any", "pass_at_k" or "beta".
     k: the k of pass@k, for `pass_at_k` and `beta`, and for the prior of unseen prompts.
     unseen: where a prompt without outcomes sits: "hardest" (rate 0, as released) or "prior" (predictive pass@k).
@@ -159,8 +160,9 @@ def update(cfg: Config, state: State, prompt_ids: ArrayLike, num_correct: ArrayL
 
 def bin_of(cfg: Config, rate: jax.Array) -> jax.Array:
     """The bin that holds each rate, without hysteresis; int32 of the shape of `rate`."""
-    edges = jnp.array(cfg.edges, jnp.float32).reshape((1,) * rate.ndim + (-1,))
-    return jnp.sum(rate[..., None] >= edges - _SLACK, axis=-1, dtype=jnp.int32)
+    edges = np.array(cfg.edges)
+    reached = jnp.array(edges - _slack(cfg), jnp.float32).reshape((1,) * rate.ndim + (-1,))
+    return jnp.sum(rate[..., None] >= reached, axis=-1, dtype=jnp.int32)
 
 
 def unbiased_pass_at_k(num_correct: jax.Array, num_rollouts: jax.Array, k: int) -> jax.Array:
@@ -171,6 +173,11 @@ def unbiased_pass_at_k(num_correct: jax.Array, num_rollouts: jax.Array, k: int) 
     ratio = c / jnp.maximum(n - drawn, 1.0)
     log_all_wrong = jnp.sum(jnp.log1p(-jnp.minimum(ratio, 1.0)), axis=1)
     return jnp.where(n[:, 0] >= k, -jnp.expm1(log_all_wrong), jnp.nan)
+
+
+def _slack(cfg: Config) -> np.ndarray:
+    """How far below an edge an estimate still counts as on it; at most half of the bin below."""
+    return np.minimum(_SLACK, np.diff(np.array([0.0, *cfg.edges])) / 2.0)
 
 
 def _rows(state: State, ids: jax.Array) -> State:
@@ -215,7 +222,8 @@ def _moved(cfg: Config, rows: State, first: jax.Array) -> jax.Array:
         under = beta.below(*_posterior(cfg, rows), rates[rows.bin + rises.astype(jnp.int32)])
         leaves = jnp.where(rises, under, 1.0 - under) < (1.0 - cfg.credible) / 2.0
     else:
-        ceiling = jnp.array(edges[1:] + cfg.hysteresis - _SLACK, jnp.float32)[rows.bin]
-        floor = jnp.array(edges[:-1] - cfg.hysteresis + _SLACK, jnp.float32)[rows.bin]
+        slack = np.array([0.0, *_slack(cfg), 0.0])
+        ceiling = jnp.array(np.minimum(edges[1:] + cfg.hysteresis, 1.0) - slack[1:], jnp.float32)[rows.bin]
+        floor = jnp.array(np.maximum(edges[:-1] - cfg.hysteresis, 0.0) + slack[:-1], jnp.float32)[rows.bin]
         leaves = jnp.where(rises, rate >= ceiling, rate <= floor)
     return jnp.where(first | ((target != rows.bin) & leaves), target, rows.bin)

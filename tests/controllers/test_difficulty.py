@@ -28,6 +28,20 @@ def test_any_hysteresis_by_hand():
     assert bins == [1, 1, 0, 0, 1]
 
 
+def test_hysteresis_past_the_ends_leaves_every_bin_reachable():
+    """0.98 + 0.03 > 1 and 0.02 - 0.03 < 0: rates 1 and 0 must do."""
+    high = difficulty.Config(edges=(0.98,), hysteresis=0.03, window=2)
+    assert _run(high, [(0, 1), (1, 1), (1, 1)])[1] == [0, 0, 1]
+    low = difficulty.Config(edges=(0.02,), hysteresis=0.03, window=2)
+    assert _run(low, [(1, 1), (0, 1), (0, 1)])[1] == [1, 1, 0]
+
+
+def test_tiny_bins_are_not_swallowed():
+    cfg = difficulty.Config(edges=(1e-7, 0.5, 0.5 + 5e-7), hysteresis=0.0)
+    rates = np.float32([0.0, 1e-7, 0.4, 0.5, 0.5 + 1e-7, 0.5 + 5e-7, 1.0])
+    assert difficulty.bin_of(cfg, rates).tolist() == [0, 1, 1, 2, 2, 3, 3]
+
+
 def test_a_jump_goes_straight_to_the_right_bin():
     cfg = difficulty.Config(edges=(0.25, 0.5, 0.75), hysteresis=0.1, window=1)
     _, bins, _ = _run(cfg, [(1, 1), (0, 1), (1, 1)])
