@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from gdro_jax.controllers import _checks
 
+_FAR = 1e38  # ideals are kept within it
 _FLOOR = 1e-12  # smallest variance, relative to the largest: decides who gets what others cannot take
 
 
@@ -71,26 +72,35 @@ def round_to_budget(ideal_per_prompt: ArrayLike, budget: int, min_rollouts: int,
 @partial(jax.jit, static_argnums=(2, 3))
 def _nearest(ideal: jax.Array, budget: jax.Array, min_rollouts: int, max_rollouts: int) -> jax.Array:
     prompts = ideal.shape[0]
-    reach = float(max_rollouts + 1000)
-    ideal = jnp.clip(jnp.where(jnp.isfinite(ideal), ideal, budget.astype(jnp.float32) / max(prompts, 1)), -reach, reach)
+    mean = budget.astype(jnp.float32) / max(prompts, 1)
+    ideal = jnp.clip(jnp.where(jnp.isfinite(ideal), ideal, mean), -_FAR, _FAR)
 
     def counts(shift: jax.Array) -> jax.Array:
         return jnp.clip(jnp.floor(ideal + shift + 0.5), min_rollouts, max_rollouts).astype(jnp.int32)
 
     def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = ends
-        middle = 0.5 * (low + high)
-        over = jnp.sum(counts(middle), dtype=jnp.int32) > budget
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        over = jnp.sum(counts(_float_of(middle)), dtype=jnp.int32) > budget
         return jnp.where(over, low, middle), jnp.where(over, middle, high)
 
-    span = jnp.float32(2.0 * reach + 2.0)
-    low, high = jax.lax.fori_loop(0, 40, halve, (-span, span))
-    base = counts(low)
-    spare = counts(high) - base  # 0 or 1: who gets one more at the next shift up
+    span = jax.lax.bitcast_convert_type(jnp.float32(3.0 * _FAR), jnp.int32)
+    low, high = jax.lax.fori_loop(0, 33, halve, (-span, span))  # to neighbouring floats, over their whole range
+    base = counts(_float_of(low))
+    spare = (
+        counts(_float_of(high)) - base
+    )  # more at the next shift up; over 1 only where floats are sparser than counts
     threshold = base.astype(jnp.float32) + 0.5 - ideal
     order = jnp.argsort(jnp.where(spare > 0, threshold, jnp.inf))
-    rank = jnp.zeros(prompts, jnp.int32).at[order].set(jnp.arange(prompts, dtype=jnp.int32))
-    return base + (rank < budget - jnp.sum(base, dtype=jnp.int32)).astype(jnp.int32)
+    before = jnp.cumsum(spare[order], dtype=jnp.int32) - spare[order]
+    given = jnp.clip(budget - jnp.sum(base, dtype=jnp.int32) - before, 0, spare[order])
+    return base.at[order].add(given)
+
+
+def _float_of(rank: jax.Array) -> jax.Array:
+    """The float32 of an int32 rank; ranks are in the order of the floats, without gaps."""
+    size = jax.lax.bitcast_convert_type(jnp.abs(rank), jnp.float32)
+    return jnp.where(rank < 0, -size, size)
 
 
 def _clean(values: jax.Array) -> jax.Array:

@@ -88,6 +88,25 @@ def test_rounding_an_ideal_that_meets_the_budget_moves_nobody_by_one():
     assert np.abs(got - ideal).max() < 1.0
 
 
+@pytest.mark.parametrize(
+    ("ideal", "budget", "wanted"),
+    [
+        ([5000, 6000], 14, [2, 12]),
+        ([-6000, -5000], 15, [3, 12]),
+        ([1e9, 5, 6], 20, [12, 4, 4]),
+        ([3e38, 1e30, 0], 17, [12, 3, 2]),
+        ([1e7, 1e7 + 4, 1e7 + 2], 18, [4, 8, 6]),
+    ],
+)
+def test_rounding_of_distant_ideals_is_nearest(ideal, budget, wanted):
+    """Only their differences count; [1e9, 5, 6]: 8 are left for 5 and 6, and (4, 4) ties with (3, 5)."""
+    got = np.asarray(ROUND(np.array(ideal, np.float32), budget)).tolist()
+    if wanted == [12, 4, 4]:
+        assert got in (wanted, [12, 3, 5])
+    else:
+        assert got == wanted
+
+
 def test_rounding_ties_and_junk():
     assert np.asarray(allocation.round_to_budget(np.full(5, 3.0), 17, 2, 12)).tolist() == [4, 4, 3, 3, 3]
     got = np.asarray(allocation.round_to_budget(np.array([np.nan, np.inf, -np.inf, 1e38]), 20, 2, 12))
