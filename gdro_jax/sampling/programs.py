@@ -80,7 +80,8 @@ class Programs:
         self._start = self._compiled(
             _start, (every, split, every), (context, state), static=("slots", "window", "impl")
         )
-        step = functools.partial(segment.segment, config=config, axes=self.axes)
+        in_step = mesh is not None and mesh.shape.get(TENSOR_AXIS, 1) > 1
+        step = functools.partial(segment.segment, config=config, axes=self.axes, in_step=in_step)
         self._segment = self._compiled(step, (every, context, state, every), (state, every), static=("tile",), donate=2)
         self._move = self._compiled(segment.resize, (state,), state, static=("slots", "window"))
         self._warm: set[tuple[int, ...]] = set()

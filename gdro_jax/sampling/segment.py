@@ -129,6 +129,7 @@ def segment(
     config: SamplingConfig,
     tile: int,
     axes: tuple[str, ...] = (),
+    in_step: bool = False,
 ) -> tuple[State, Look]:
     """Decodes until `config.segment` steps are done, a row has outgrown its window, or few rows are left.
 
@@ -140,14 +141,17 @@ def segment(
       config: static, as are the others that follow.
       tile: slots that read a prompt together (`decode.tiles_of`).
       axes: mesh axes that the shards lie along.
+      in_step: whether all shards take equally many steps, which they must where devices work together in a step.
     """
     steps, slots, window = config.segment, state.row.shape[0], state.cache.k.shape[3]
     stops = jnp.asarray(config.stop_tokens, jnp.int32)
 
     def goes_on(carry: tuple[jax.Array, State, Drawn]) -> jax.Array:
         step, state, _ = carry
-        live = state.row >= 0
-        return (step < steps) & (live.sum() > leave_at) & (jnp.where(live, state.position, 0).max() < window)
+        live, _, longest = _numbers(state, context.rows.number)
+        if in_step:
+            live, longest = jax.lax.pmax((live, longest), axes)
+        return (step < steps) & (live > leave_at) & (longest < window)
 
     def one_step(carry: tuple[jax.Array, State, Drawn]) -> tuple[jax.Array, State, Drawn]:
         step, state, so_far = carry
@@ -188,11 +192,15 @@ def segment(
 
 
 def _look(done: jax.Array, state: State, drawn: Drawn, number: jax.Array, axes: tuple[str, ...]) -> Look:
-    live = state.row >= 0
-    numbers = (live.sum(), (number - state.entered)[0], jnp.where(live, state.position, 0).max())
-    slot_steps = done * live.shape[0]
+    numbers, slot_steps = _numbers(state, number), done * state.row.shape[0]
     if axes:
         drawn = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), drawn)
         numbers = jax.lax.pmax(numbers, axes)
         slot_steps = jax.lax.psum(slot_steps, axes)
     return Look(drawn, *numbers, slot_steps)
+
+
+def _numbers(state: State, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows in slots, rows still waiting, and the most tokens of a row in a slot."""
+    live = state.row >= 0
+    return live.sum(), (number - state.entered)[0], jnp.where(live, state.position, 0).max()

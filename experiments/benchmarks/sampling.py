@@ -1,0 +1,139 @@
+"""Sampling benchmarks, one JSON line each: `python experiments/benchmarks/sampling.py w1a|w3|w3-fixed|flat`.
+
+w1a       16 prompts of 64 tokens x 8 rollouts, 128 new tokens each, log-probs returned
+w3        the same rows in 32 slots, up to 512 new tokens, 128 of 8,192 tokens stopping a row
+w3-fixed  the same rows all at once, decoded until the longest ends, as fixed-batch loops do
+flat      decode seconds per token while the prompts already finished grow, 4 rows each
+
+Qwen3 of 4 layers, width 256, feed-forward 768, 8 heads over 4 KV heads of 32, vocabulary 8,192, random float32 weights.
+Seconds are medians of calls after the first; memory is the peak of this process.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdro_jax.models import qwen3
+from gdro_jax.sampling import Sampler, SamplingConfig, empty
+
+MODEL = qwen3.Qwen3Config(
+    vocab_size=8192, hidden_size=256, intermediate_size=768, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32
+)
+PROMPTS, ROLLOUTS, PROMPT_TOKENS, STOPS = 16, 8, 64, tuple(range(128))
+
+
+def main() -> None:
+    """Runs one workload and prints its line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", choices=("w1a", "w3", "w3-fixed", "flat"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--slots", type=int, default=32, help="of w3")
+    asked = parser.parse_args()
+    model = qwen3.init(MODEL, jax.random.key(0))
+    line: dict[str, object] = {
+        "workload": asked.workload,
+        "jax": jax.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    line |= {"device": str(jax.devices()[0]), "machine": platform.machine()}
+    match asked.workload:
+        case "w1a":
+            line |= speed(model, SamplingConfig(max_new_tokens=128), asked.repeats)
+            line |= limits(model)
+        case "w3":
+            config = SamplingConfig(max_new_tokens=512, stop_tokens=STOPS, slots=asked.slots)
+            line |= speed(model, config, asked.repeats)
+        case "w3-fixed":
+            config = SamplingConfig(max_new_tokens=512, stop_tokens=STOPS, segment=512)
+            line |= speed(model, config, asked.repeats)
+        case "flat":
+            line |= flat(model)
+    line["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    print(json.dumps(line))
+
+
+def prompts(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random prompts int32[number, 64] with their mask."""
+    tokens = np.random.default_rng(0).integers(128, MODEL.vocab_size, (number, PROMPT_TOKENS)).astype(np.int32)
+    return tokens, np.ones(tokens.shape, bool)
+
+
+def speed(model: qwen3.Qwen3, config: SamplingConfig, repeats: int) -> dict[str, object]:
+    """Tokens a second and the useful share of slot-steps for 16 prompts x 8 rollouts."""
+    sampler = Sampler(model, config)
+    tokens, mask = prompts(PROMPTS)
+    index = np.repeat(np.arange(PROMPTS, dtype=np.int32), ROLLOUTS)
+    seconds, drawn, steps = [], [], []
+    for number in range(repeats + 1):
+        begun = time.perf_counter()
+        out = sampler.rows(tokens, mask, index, index, jax.random.key(number))
+        seconds.append(time.perf_counter() - begun)
+        drawn.append(int(out.mask.sum()))
+        steps.append(sampler.slot_steps)
+    rates = [n / s for n, s in zip(drawn[1:], seconds[1:], strict=True)]
+    return {
+        "rows": len(index),
+        "tokens": drawn[1:],
+        "seconds": [round(s, 3) for s in seconds[1:]],
+        "first_call_seconds": round(seconds[0], 2),
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "useful_share": round(sum(drawn[1:]) / sum(steps[1:]), 4),
+    }
+
+
+def limits(model: qwen3.Qwen3) -> dict[str, object]:
+    """Floating-point operations and bytes a token takes, and the rates that this machine reaches on their own."""
+    matrices = sum(x.size for x in jax.tree.leaves(model) if x.ndim > 1)  # the tied head is one of them
+    attention = 2 * MODEL.num_layers * MODEL.num_heads * MODEL.head_dim * (PROMPT_TOKENS + 64)  # 64: mean of 0..127
+    cache = 4 * 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim * 64
+    a, b = jnp.ones((128, 256)), jnp.ones((256, 8192))
+    product = _seconds(jax.jit(lambda a, b: a @ b), a, b)
+    block = jnp.ones(2**24)
+    read = _seconds(jax.jit(jnp.sum), block)
+    return {
+        "flop_per_token": 2 * (matrices + attention),
+        "cache_bytes_per_token": cache,
+        "measured_flop_per_second": round(2 * 128 * 256 * 8192 / product),
+        "measured_read_bytes_per_second": round(4 * 2**24 / read),
+    }
+
+
+def _seconds(function, *arguments) -> float:
+    jax.block_until_ready(function(*arguments))
+    spent = []
+    for _ in range(15):
+        begun = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        spent.append(time.perf_counter() - begun)
+    return statistics.median(spent)
+
+
+def flat(model: qwen3.Qwen3) -> dict[str, object]:
+    """Seconds per token of each quarter of a call over 64 prompts in 16 slots."""
+    sampler = Sampler(model, SamplingConfig(max_new_tokens=48, slots=16))
+    tokens, mask = prompts(64)
+    index = np.repeat(np.arange(64, dtype=np.int32), 4)
+    marks: list[tuple[int, float]] = []
+    for number in range(2):  # the first call compiles
+        begun, marks = time.perf_counter(), []
+        for progress in sampler.stream(empty(256, 48), tokens, mask, index, index, jax.random.key(number)):
+            marks.append((progress.tokens, time.perf_counter() - begun))
+    size = len(marks) // 4
+    ends = [marks[0], *(marks[size * quarter - 1] for quarter in (1, 2, 3, 4))]
+    cost = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(ends)]
+    return {"prompts": 64, "microseconds_per_token_by_quarter": [round(1e6 * c, 1) for c in cost]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The same tokens on one device and on eight."""
+
+import jax
+import numpy as np
+import pytest
+
+from gdro_jax.models.qwen3 import Qwen3, param_specs
+from gdro_jax.models.sharding import param_sharding
+from gdro_jax.sampling import Sampler, SamplingConfig
+from gdro_jax.sampling.placement import place
+
+PROMPTS = [[5, 9, 33], [70], [12, 13, 14, 15, 16, 17], [99, 3], [7, 7, 7], [1, 2]]
+INDEX = np.repeat(np.arange(6), [5, 3, 1, 7, 2, 3])  # 21 rows: no number of shards divides them
+KEY = jax.random.key(11)
+SETTINGS = {"max_new_tokens": 10, "stop_tokens": (3, 17, 40), "segment": 4}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model):
+    return Sampler(tiny_model, SamplingConfig(**SETTINGS))(PROMPTS, INDEX, KEY)
+
+
+def on_mesh(model: Qwen3, shape: dict[str, int]) -> tuple[Qwen3, jax.sharding.Mesh]:
+    types = (jax.sharding.AxisType.Auto,) * len(shape)
+    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types)
+    arrays = {
+        name: jax.device_put(array, param_sharding(model.config, param_specs(model.config)[name], mesh))
+        for name, array in model.arrays().items()
+    }
+    return Qwen3(model.config, arrays), mesh
+
+
+@pytest.mark.parametrize(
+    ("shape", "slots"),
+    [({"data": 8}, None), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)],
+)
+def test_eight_devices_sample_what_one_does(tiny_model, alone, shape, slots):
+    model, mesh = on_mesh(tiny_model, shape)
+    got = Sampler(model, SamplingConfig(**SETTINGS, slots=slots), mesh)(PROMPTS, INDEX, KEY)
+    np.testing.assert_array_equal(got.tokens, alone.tokens)
+    np.testing.assert_array_equal(got.mask, alone.mask)
+    np.testing.assert_array_equal(got.finished, alone.finished)
+    np.testing.assert_allclose(got.logprobs, alone.logprobs, atol=1e-5)
+
+
+def test_placement_keeps_rows_whole_and_prompts_together():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 9, (6, 4)).astype(np.int32)
+    index = rng.permutation(INDEX).astype(np.int32)
+    ranks, limits = rng.integers(0, 9, 21), rng.integers(1, 9, 21)
+    for shards in (1, 2, 4, 8):
+        asked, row_of = place(tokens, tokens > 0, index, index + 100, ranks, limits, shards)
+        assert asked.number.sum() == 21 and asked.number.max() == -(-21 // shards) and len(asked.tokens) % shards == 0
+        seen, owners = [], []
+        for shard, rows in enumerate(row_of):
+            for at, row in enumerate(rows[: asked.number[shard]]):
+                flat = shard * row_of.shape[1] + at
+                prompt = asked.prompt[flat] + shard * (len(asked.tokens) // shards)
+                np.testing.assert_array_equal(asked.tokens[prompt], tokens[index[row]])
+                given = asked.identity[flat], asked.rank[flat], asked.limit[flat]
+                assert given == (index[row] + 100, ranks[row], limits[row])
+                seen.append(row)
+                owners.append((int(index[row]), shard))
+        assert sorted(seen) == list(range(21))
+        assert len(set(owners)) <= 6 + shards - 1  # a prompt is on two shards only where the cut goes through its rows
