@@ -1,7 +1,7 @@
 """The command line: parse, call, exit code.
 
 Exit codes: 0 done; 2 bad input, one line on standard error; 75 stopped by a signal after a checkpoint (the same command
-again goes on); 1 anything else, with its traceback.
+again goes on); 1 a fault, in one line where that says it all (the verifier failed), else with its traceback.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-DONE, BAD_INPUT, STOPPED = 0, 2, 75
+DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
 _UNUSED = {  # sections and fields that a command does not look at: giving one is an error
     "train": ("compare",),
     "compare": ("run.seed", "run.output", "controller.name"),
@@ -23,6 +23,7 @@ _UNUSED = {  # sections and fields that a command does not look at: giving one i
         ),
         *("controller", "train", "compare", "model.path", "eval.data", "eval.every", "eval.problems_per_stratum"),
     ),
+    "regrade": (),
 }
 
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words, overrides = _overrides(parser, sys.argv[1:] if arguments is None else arguments)
     known = parser.parse_args(words)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from gdro_jax import commands
+    from gdro_jax import commands, eval_commands
     from gdro_jax.training.config_io import load
 
     try:
@@ -66,17 +67,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return commands.report(known.folders, known.out)
         if known.command == "export":
             return commands.export(known.source, known.out, known.dtype, known.max_file_bytes)
+        if known.command == "compare-evals":
+            if overrides:
+                parser.error(f"unknown option --{overrides[0][0]}")
+            eval_commands.compare_evals(known.folders, known.out)
+            return DONE
         for name, _ in overrides:
             if _unused(known.command, name):
                 parser.error(f"--{name} does nothing in gdro {known.command}")
         config = load(known.config, overrides)
+        if known.command == "regrade":
+            eval_commands.regrade(known.folder, config)
+            return DONE
         if known.command == "eval":
-            return commands.evaluate(known.model, known.problems, known.out, config)
+            names = [name for name in (known.benchmarks or "").split(",") if name]
+            if (known.problems is None) == (not names):
+                parser.error("eval: either a file of problems or --benchmarks is needed")
+            asked = (known.problems, names, known.benchmark_folder, known.out)
+            return DONE if eval_commands.evaluate(known.model, *asked, config, _Stop()) else STOPPED
         run = commands.train if known.command == "train" else commands.compare
         return DONE if run(config, _Stop()) else STOPPED
-    except commands.BAD_INPUT_ERRORS as error:
+    except (*commands.BAD_INPUT_ERRORS, *commands.FAULTS) as error:
         sys.stderr.write(f"gdro {known.command}: {' '.join(str(error).split())}\n")
-        return BAD_INPUT
+        return FAULT if isinstance(error, commands.FAULTS) else BAD_INPUT
 
 
 def _unused(command: str, name: str) -> bool:
@@ -90,12 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     texts = {
         "train": "one run; give the same command again to resume it",
         "compare": "several methods on the same prompts, budget and seeds, with a table and a report",
-        "eval": "mean@k and pass@k of a model on a file of problems, by stratum, with intervals",
+        "eval": "mean@k, pass@k and maj@k of a model on problems or benchmarks, by level and subject, with intervals",
+        "regrade": "grade the responses that gdro eval kept again",
+        "compare-evals": "paired differences between evaluations that gdro eval kept",
         "export": "the policy of a run, or of one of its checkpoints, as a Hugging Face folder",
         "report": "figures and report.html of one run, or of several compared",
     }
     for name, text in texts.items():
-        epilog = None if name in ("report", "export") else f"Every field, with its default:\n{_fields(name)}"
+        fieldless = name in ("report", "export", "compare-evals")
+        epilog = None if fieldless else f"Every field, with its default:\n{_fields(name)}"
         sub = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         if name == "report":
@@ -112,10 +128,22 @@ def _parser() -> argparse.ArgumentParser:
             )
             sub.add_argument("--max-file-bytes", type=int, default=5_000_000_000, metavar="N", help="split above it")
             continue
+        if name == "compare-evals":
+            sub.add_argument(
+                "folders", nargs="+", metavar="FOLDER", help="folders of gdro eval; the first is compared with"
+            )
+            sub.add_argument("--out", metavar="FILE", help="write everything there as JSON")
+            continue
+        if name == "regrade":
+            sub.add_argument("folder", help="a folder of gdro eval")
         if name == "eval":
             sub.add_argument("model", help="a Hugging Face folder, a run's model/ folder, or 'embedded'")
-            sub.add_argument("problems", help="a JSON-lines file, or 'embedded' for the held-out set")
-            sub.add_argument("--out", metavar="FOLDER", help="write summary.json and responses.jsonl there")
+            sub.add_argument("problems", nargs="?", help="a JSON-lines file, or 'embedded' for the held-out set")
+            sub.add_argument(
+                "--benchmarks", metavar="NAMES", help=f"instead of a file: all, or some of {_benchmarks()}"
+            )
+            sub.add_argument("--benchmark-folder", metavar="FOLDER", help="where the benchmarks' published files are")
+            sub.add_argument("--out", metavar="FOLDER", help="keep summary, table, figure and every response there")
         sub.add_argument("--config", metavar="FILE", help="YAML with any of the sections below")
     return parser
 
@@ -135,6 +163,12 @@ def _overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tup
             value = words.pop(0)
         pairs.append((name, value))
     return others, pairs
+
+
+def _benchmarks() -> str:
+    from gdro_jax.data.benchmarks import BENCHMARKS
+
+    return ",".join(BENCHMARKS)
 
 
 def _fields(command: str) -> str:

@@ -1,23 +1,18 @@
 """What each command does, on a validated configuration."""
 
-import contextlib
-import dataclasses
-import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jax
 import yaml
 
-from gdro_jax import evaluation
+from gdro_jax import evaluation, rewards
 from gdro_jax import report as reports
-from gdro_jax.data import prompts
-from gdro_jax.evaluation import run as sampling
+from gdro_jax.data import sources
+from gdro_jax.evaluation import store
 from gdro_jax.models.hf import CheckpointError
-from gdro_jax.sampling import Sampler, SamplingConfig
-from gdro_jax.training import config_io, setup
+from gdro_jax.training import config_io, inputs, setup
 from gdro_jax.training import export as exporting
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
@@ -27,11 +22,14 @@ from gdro_jax.training.progress import Progress
 BAD_INPUT_ERRORS = (
     config_io.ConfigError,
     setup.InputError,
-    prompts.DataError,
+    sources.DataError,
+    store.StoreError,
     reports.RunError,
     CheckpointError,
 )
-"""Errors that mean bad input: one clear line, exit code 2. Anything else is a fault and keeps its traceback."""
+"""Errors that mean bad input: one clear line, exit code 2."""
+FAULTS = (rewards.UnscorableError, rewards.VerifierError, evaluation.NothingScorableError)
+"""Faults that say all there is to say in one line, exit code 1. Anything else keeps its traceback."""
 
 
 def train(config: Config, stop: Callable[[], bool]) -> bool:
@@ -47,9 +45,10 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
     """Every method with every seed, then the table and the report; runs already finished are not repeated."""
     runs = comparison(config)
     policies = {model: setup.load_policy(model) for model in {run.model for run in runs.values()}}
+    data = inputs.load(config)  # the same for all
     parts = {
-        label: setup.assemble(run, policies[run.model]) for label, run in runs.items()
-    }  # every mistake comes first
+        label: setup.assemble(run, policies[run.model], data) for label, run in runs.items()
+    }  # mistakes come first
     for run in runs.values():
         claim(run, write=False)
     folder = setup.claim_folder(config.compare.output, "compare.output")
@@ -111,60 +110,6 @@ def comparison(config: Config) -> dict[str, Config]:
     return runs
 
 
-def evaluate(model: str, problems: str, out: str | None, config: Config) -> int:
-    """Evaluates a model folder on a file of problems; prints a table, and with `out` writes everything."""
-    changed = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, path=model, param_dtype=config.model.dtype),  # nothing is trained
-        eval=dataclasses.replace(config.eval, data=problems),
-    )
-    policy = setup.load_policy(changed.model)
-    asked, notes = setup.load_prompts(problems, "heldout", policy.tokenizer, changed)
-    setup.check_length(policy, [asked], changed)
-    for note in notes:
-        sys.stderr.write(note + "\n")
-    sampler = Sampler(
-        policy.model,
-        SamplingConfig(
-            max_new_tokens=config.sampling.max_new_tokens,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
-            top_k=config.eval.top_k,
-            stop_tokens=policy.stop_tokens,
-            slots=config.sampling.slots,
-        ),
-    )
-    folder = None if out is None else setup.claim_folder(out, "--out")
-    kept: list[sampling.Graded] = []
-    tokens = 0
-    with setup.verifier(config) as verifier, _writer(folder) as write:
-        batches = sampling.responses(
-            sampler,
-            asked,
-            policy.tokenizer,
-            verifier,
-            jax.random.key(config.run.seed),
-            config.eval.samples,
-            config.data.max_prompt_tokens or asked.longest,
-        )
-        for rows, generated in batches:
-            for row in rows:
-                problem = asked.problems[row.problem]
-                prompt = policy.tokenizer.decode(list(asked.tokens[row.problem]))  # what the model was given
-                write(row._asdict() | {"prompt": prompt, "answer": problem.answer, "stratum": problem.stratum})
-            kept += rows
-            tokens += generated
-            done = len(kept) // config.eval.samples
-            sys.stderr.write(f"{done}/{len(asked.problems)} problems  {tokens:,} tokens\n")
-    counts = sampling.count(iter([(kept, tokens)]), len(asked.problems))
-    strata = [p.stratum for p in asked.problems]
-    summary = evaluation.summarise(counts.correct, counts.scorable, strata, config.eval.k)
-    print(evaluation.format_summary(summary))
-    if folder is not None:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return 0
-
-
 def export(source: str, out: str, dtype: str | None, max_file_bytes: int) -> int:
     """Writes the policy of a run as a Hugging Face folder and prints where it is."""
     if max_file_bytes < 1:
@@ -180,7 +125,7 @@ def report(folders: list[str], out: str | None) -> int:
 
 
 def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: str) -> bool:
-    with CompileCounter() as compiles, setup.verifier(config) as verifier:
+    with CompileCounter() as compiles, inputs.verifier(config) as verifier:
         trainer = Trainer(config, parts, verifier, compiles)
         try:
             for note in parts.notes:
@@ -189,16 +134,6 @@ def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: st
             return trainer.run(progress, stop)
         finally:
             trainer.close()
-
-
-@contextlib.contextmanager
-def _writer(folder: pathlib.Path | None) -> Iterator[Callable[[dict], None]]:
-    """Appends responses to the folder's file as they come, so that an interrupt loses none; does nothing for None."""
-    if folder is None:
-        yield lambda row: None
-        return
-    with (folder / "responses.jsonl").open("w") as file:
-        yield lambda row: print(json.dumps(row), file=file, flush=True)
 
 
 def _merged(base: dict, changes: dict) -> dict:

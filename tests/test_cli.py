@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from gdro_jax import cli, commands, evaluation
-from gdro_jax.training import ConfigError, config_io
+from gdro_jax import cli, commands, eval_commands, evaluation, rewards
+from gdro_jax.rewards.exact import ExactVerifier
+from gdro_jax.rewards.verifier import grades_of
+from gdro_jax.training import ConfigError, config_io, inputs
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +86,26 @@ BAD = {
     "a missing value before an option": (["train", "--run.steps", "--run.seed", "3"], "--run.steps needs a value"),
     "an unknown flag": (["train", "--fast"], "--fast"),
     "a stray word": (["train", "fast"], "fast"),
-    "a missing argument": (["eval", "embedded"], "problems"),
+    "a missing argument": (["eval", "embedded"], "either a file of problems or --benchmarks is needed"),
+    "two kinds of problems": (["eval", "embedded", "embedded", "--benchmarks=aime24"], "either a file of problems or"),
+    "benchmarks without a folder": (["eval", "embedded", "--benchmarks=aime24"], "--benchmark-folder"),
+    "an unknown benchmark": (
+        ["eval", "embedded", "--benchmarks=aime2", "--benchmark-folder={tmp}"],
+        "did you mean 'aime24'?",
+    ),
+    "a benchmark that is not there": (
+        ["eval", "embedded", "--benchmarks=aime24", "--benchmark-folder={tmp}"],
+        "holds no aime24.jsonl",
+    ),
+    "a folder without benchmarks": (
+        ["eval", "{tiny}", "--benchmarks=all", "--benchmark-folder={tmp}"],
+        "holds none of",
+    ),
+    "one evaluation to compare": (["compare-evals", "{tmp}"], "at least two"),
+    "no evaluation to compare": (["compare-evals", "{tmp}", "{tmp}"], "is no evaluation"),
+    "no evaluation to grade": (["regrade", "{tmp}"], "is no evaluation"),
+    "an unknown verifier": (["train", "--data.verifier=maths"], "did you mean 'math'?"),
+    "an evaluation template without a problem": (["train", "--eval.template=x"], "eval.template: 'x'"),
     "a report of nothing": (["report", "nowhere"], "nowhere"),
     "an option of a report": (["report", "x", "--run.steps", "3"], "unknown option --run.steps"),
     "no methods to compare": (["compare"], "compare.methods: names no method"),
@@ -179,7 +200,33 @@ def test_a_fault_is_not_bad_input(monkeypatch, tiny_folder):
         invoke("train", f"--model.path={tiny_folder}")
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "eval"])
+def test_a_verifier_that_fails_is_one_line_and_exit_code_1(monkeypatch, problems, capsys):
+    def failing(fault: type[Exception]):
+        def run(*parts: object) -> None:
+            raise fault("step 3: half of the\nresponses")
+
+        return run
+
+    for fault in (rewards.UnscorableError, rewards.VerifierError, evaluation.NothingScorableError):
+        monkeypatch.setattr(commands, "train", failing(fault))
+        assert invoke("train") == 1
+        assert capsys.readouterr().err == "gdro train: step 3: half of the responses\n"
+
+
+def test_an_evaluation_that_nothing_can_be_graded_in_is_one_line_and_exit_code_1(monkeypatch, problems, capsys):
+    class Broken(ExactVerifier):
+        def grade(self, responses, answers):
+            return grades_of(["no mood to grade"] * len(responses))
+
+    monkeypatch.setattr(inputs, "verifier", lambda config, name=None: Broken())
+    settings = ["--eval.samples=1", "--eval.k=1", "--sampling.max_new_tokens=2", "--data.max_unscorable"]
+    for limit, words in ((0.5, "100% of the responses could not be graded"), (1, "no response could be graded")):
+        assert invoke("eval", "embedded", problems, *settings, limit) == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" tokens")]
+        assert len(lines) == 1 and lines[0].startswith("gdro eval: ") and words in lines[0]
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "eval", "regrade"])
 def test_help_names_every_field(command, capsys):
     assert invoke(command, "--help") == 0
     text = capsys.readouterr().out
@@ -192,12 +239,18 @@ def test_help_names_every_field(command, capsys):
 def test_general_help_names_every_command(capsys):
     assert invoke("--help") == 0
     text = capsys.readouterr().out
-    assert all(f"\n    {command} " in text for command in ("train", "compare", "eval", "report"))
+    first = {line.split()[0] for line in text.splitlines() if line.startswith("    ") and line[4] != " "}
+    assert first >= {"train", "compare", "eval", "regrade", "compare-evals", "export", "report"}
 
 
 def test_overrides_stand_anywhere(monkeypatch):
     seen = {}
-    monkeypatch.setattr(commands, "evaluate", lambda model, problems, out, config: seen.update(locals()) or 0)
+
+    def evaluate(model, problems, names, folder, out, config, stop):
+        seen.update(locals())
+        return True
+
+    monkeypatch.setattr(eval_commands, "evaluate", evaluate)
     orders = (
         ["eval", "--eval.samples", "9", "m", "--run.seed=4", "p", "--out", "o"],
         ["eval", "m", "p", "--out=o", "--eval.samples=9", "--run.seed", "4"],
@@ -229,19 +282,24 @@ def test_eval(tmp_path, problems, capsys):
     assert invoke("eval", "embedded", problems, "--out", out, *settings) == 0
     printed = capsys.readouterr()
     summary = json.loads((out / "summary.json").read_text())
-    rows = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "problems.responses.jsonl").read_text().splitlines()]
+    asked = [json.loads(line) for line in (out / "problems.problems.jsonl").read_text().splitlines()]
     assert [(r["problem"], r["rank"]) for r in rows] == [(p, r) for p in range(6) for r in range(4)]
     for row in rows:
         i = row["problem"]
-        assert row["prompt"] == f"2{i}+{i}=" and row["answer"] == str(20 + 2 * i) and row["stratum"] == "ab"[i % 2]
-        assert row["scorable"] and row["score"] == (row["response"].strip() == row["answer"])
+        it = asked[i]
+        assert it["prompt"] == f"2{i}+{i}=" and it["answer"] == str(20 + 2 * i) and it["stratum"] == "ab"[i % 2]
+        assert row["scorable"] and row["score"] == (row["response"].strip() == it["answer"])
     correct = np.bincount([r["problem"] for r in rows], weights=[r["score"] for r in rows], minlength=6)
     assert correct.sum() > 12  # the base can add two digits and one
     strata = ["ab"[i % 2] for i in range(6)]
     want = evaluation.summarise(correct.astype(int), [4] * 6, strata, 2)
-    assert summary == json.loads(json.dumps(want))
+    assert {key: summary[key] for key in want} == json.loads(json.dumps(want))
+    score = summary["sets"]["problems"]
+    assert list(score["passes"]) == list("1234") and score["mean"]["value"] == pytest.approx(correct.mean() / 4)
+    assert set(score["strata"]["stratum"]) == {"a", "b"} and (out / "scores.png").stat().st_size > 1000
     assert summary["overall"]["mean"] == pytest.approx(correct.mean() / 4) and summary["overall"]["n"] == 6
-    assert evaluation.format_summary(want) in printed.out and "6/6 problems" in printed.err
+    assert printed.out == (out / "table.txt").read_text() and "6/6 problems" in printed.err
 
 
 def test_compare(tmp_path, tiny_folder, problems, capsys):

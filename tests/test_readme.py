@@ -8,7 +8,7 @@ import signal
 import pytest
 import yaml
 
-from gdro_jax import cli, commands
+from gdro_jax import cli, commands, eval_commands
 from gdro_jax.training import config_io
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,14 +39,17 @@ def test_configurations_are_valid(block: str) -> None:
 def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     lines = [line for block in _blocks("") for line in block.splitlines() if line.startswith(".venv/bin/gdro ")]
     done: list[str] = []
-    for name, value in (("train", True), ("compare", True), ("evaluate", 0), ("report", 0), ("export", 0)):
-        monkeypatch.setattr(commands, name, lambda *_, name=name, value=value: done.append(name) or value)
+    for name, value in (
+        ("train", True), ("compare", True), ("evaluate", True), ("compare_evals", None), ("report", 0), ("export", 0)
+    ):  # fmt: skip
+        room = eval_commands if name in ("evaluate", "compare_evals") else commands
+        monkeypatch.setattr(room, name, lambda *_, name=name, value=value: done.append(name) or value)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command line's own handlers are not for this process
     monkeypatch.chdir(tmp_path)
     pathlib.Path("mine.yaml").write_text(_blocks("yaml")[0])
     for line in lines:
         assert cli.main(shlex.split(line)[1:]) == 0
-    assert done == ["train", "compare", "evaluate", "report", "export"]
+    assert done == ["train", "compare", "evaluate", "evaluate", "compare_evals", "report", "export"]
 
 
 def test_files_that_it_names_exist() -> None:

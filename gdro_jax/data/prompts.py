@@ -1,7 +1,8 @@
 """From problems to token ids: template, tokenisation, length limit, stop tokens, padding, and the order of the data."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -52,6 +53,23 @@ class Prompts:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(len(ids) for ids in self.tokens)
+
+    def only(self, wanted: Callable[[Problem], bool]) -> "Prompts":
+        """The problems that are wanted, under the ids they have."""
+        places = [place for place, problem in enumerate(self.problems) if wanted(problem)]
+        return replace(
+            self,
+            problems=tuple(self.problems[place] for place in places),
+            tokens=tuple(self.tokens[place] for place in places),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything a run learns from: ids, tokens, answers and strata, in order."""
+        digest = hashlib.sha256()
+        for problem, ids in zip(self.problems, self.tokens, strict=True):
+            digest.update(json.dumps([problem.id, problem.answer, problem.stratum, ids]).encode())
+        return digest.hexdigest()
 
 
 def resolve_template(template: str) -> str:
@@ -240,13 +258,9 @@ def first_per_stratum(prompts: Prompts, count: int | None) -> Prompts:
     if count is None:
         return prompts
     taken: dict[str, int] = {}
-    chosen = []
-    for place, problem in enumerate(prompts.problems):
+
+    def wanted(problem: Problem) -> bool:
         taken[problem.stratum] = taken.get(problem.stratum, 0) + 1
-        if taken[problem.stratum] <= count:
-            chosen.append(place)
-    return replace(
-        prompts,
-        problems=tuple(prompts.problems[i] for i in chosen),
-        tokens=tuple(prompts.tokens[i] for i in chosen),
-    )
+        return taken[problem.stratum] <= count
+
+    return prompts.only(wanted)

@@ -1,22 +1,24 @@
-r"""Problems from JSON-lines files, as their publishers wrote them: columns found, answers made plain, bad rows named.
+r"""Problems from JSON-lines and parquet files, as their publishers wrote them; answers made plain, bad rows named.
 
 Answer forms that are understood: text, whole numbers, floats that mean whole numbers (70.0), lists of answers, a
 solution whose last ``\boxed{}`` holds the answer (MATH, Minerva), and a solution whose answer follows ``####`` (GSM8K).
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+from gdro_jax.data import files
+from gdro_jax.data.files import Bad, DataError, show
 from gdro_jax.rewards.boxed import AnswerTooLong, last_boxed
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "solution", "reward_model.ground_truth")
-STRATUM_COLUMNS = ("stratum", "level", "subject", "type", "subfield")
+SUBJECT_COLUMNS = ("subject", "type", "subfield")
+STRATUM_COLUMNS = ("stratum", "level", *SUBJECT_COLUMNS)
 NO_STRATUM = "all"
 """Stratum of every row of a source without a stratum column."""
 UNKNOWN_STRATUM = "unknown"
@@ -36,6 +38,13 @@ class Problem:
     prompt: str
     answer: str
     stratum: str
+    level: str = ""
+    """Difficulty as its publisher says it, empty where it says nothing."""
+    subject: str = ""
+    line: int = field(default=0, compare=False)
+    """Where its file has it, 1-based; 0 for none."""
+    part: int = field(default=0, compare=False)
+    """Which set of a mixture it is from."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +63,24 @@ class Source:
     dropped: tuple[BadRow, ...]
 
 
-class DataError(ValueError):
-    """Data that cannot be used, in one line: where, which column, what it holds, what is allowed."""
-
-
-class _Bad(Exception):
-    """What is wrong with one row; becomes a DataError or a BadRow."""
-
-
 def load(
     source: str | Path | Sequence[Mapping[str, object]],
     *,
     prompt_column: str | None = None,
     answer_column: str | None = None,
     stratum_column: str | None = None,
+    tolerance_column: str | None = None,
     on_bad_row: str = "refuse",
 ) -> Source:
-    """Problems of a JSON-lines file (one object a line, blank lines skipped), or of rows already in memory.
+    """Problems of a file, or of rows already in memory.
 
     Args:
+        source: a JSON-lines file (one object a line, blank lines skipped), a parquet file (``.parquet``), either of
+            them on the Hugging Face hub as ``hub:OWNER/DATASET/FILE``, or rows.
         prompt_column, answer_column, stratum_column: names of columns, a dot for a nested one
             (``reward_model.ground_truth``); None finds the column by the names that published sets use.
+        tolerance_column: a column with the absolute error that a row's numeric answer may have (OlympiadBench's
+            ``error``); such an answer reads ``4.2 within 0.1``, which the verifiers understand.
         on_bad_row: ``refuse`` raises at the first bad row, ``drop`` leaves bad rows out and lists them.
 
     Raises:
@@ -84,58 +90,43 @@ def load(
     if on_bad_row not in ("refuse", "drop"):
         raise ValueError(f"on_bad_row: {on_bad_row!r} is not allowed; it must be 'refuse' or 'drop'")
     if isinstance(source, str | Path):
-        where, rows = str(source), list(_read_lines(Path(source)))
+        where, rows = str(source), list(files.rows(str(source)))
     else:
         where, rows = "rows", list(_read_rows(source))
-    objects = [row for _, row in rows if not isinstance(row, _Bad)]
+    objects = [row for _, row in rows if not isinstance(row, Bad)]
     if not objects:
         first = f"; line {rows[0][0]} {rows[0][1]}" if rows else ""
         raise DataError(f"{where}: holds no rows; at least one JSON object is needed{first}")
     prompt_key = _column(objects, prompt_column, PROMPT_COLUMNS, "prompt_column", where)
     answer_key = _column(objects, answer_column, ANSWER_COLUMNS, "answer_column", where)
     stratum_key = _stratum_column(objects, stratum_column, where)
+    subject_key = next((name for name in SUBJECT_COLUMNS if any(_get(row, name) is not None for row in objects)), None)
     problems: list[Problem] = []
     dropped: list[BadRow] = []
     for line, row in rows:
         try:
-            if isinstance(row, _Bad):
+            if isinstance(row, Bad):
                 raise row
             prompt = _text(row, prompt_key, _prompt)
             answer = _text(row, answer_key, _solution if answer_key == "solution" else _answer)
+            if tolerance_column is not None and _get(row, tolerance_column) is not None:
+                answer += f" within {_text(row, tolerance_column, _tolerance)}"
             stratum = _stratum(row, stratum_key, required=stratum_column is not None)
-        except _Bad as bad:
+            level, subject = _label(row, "level"), _label(row, subject_key)
+        except Bad as bad:
             if on_bad_row == "refuse":
                 raise DataError(f"{where}, line {line}: {bad}") from None
             dropped.append(BadRow(line, str(bad)))
         else:
-            problems.append(Problem(len(problems), prompt, answer, stratum))
+            problems.append(Problem(len(problems), prompt, answer, stratum, level, subject, line))
     if not problems:
         raise DataError(f"{where}: none of its {len(rows)} rows is usable; line {dropped[0].line}: {dropped[0].reason}")
     return Source(tuple(problems), tuple(dropped))
 
 
-# Rows ---------------------------------------------------------------------------------------------------------------
-def _read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object] | _Bad]]:
-    if not path.is_file():
-        raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'does not exist'}; a JSON-lines file is needed")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if text.strip():
-                yield number, _parse(text)
-
-
-def _parse(line: bytes) -> Mapping[str, object] | _Bad:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return _Bad(f"is not JSON ({error}); one object a line is needed")
-    return row if isinstance(row, dict) else _Bad(f"is {_show(row)}; a JSON object is needed")
-
-
-def _read_rows(rows: Sequence[object]) -> Iterator[tuple[int, Mapping[str, object] | _Bad]]:
+def _read_rows(rows: Sequence[object]) -> Iterator[tuple[int, Mapping[str, object] | Bad]]:
     for number, row in enumerate(rows, start=1):
-        yield number, row if isinstance(row, Mapping) else _Bad(f"is {_show(row)}; a mapping is needed")
+        yield number, row if isinstance(row, Mapping) else Bad(f"is {show(row)}; a mapping is needed")
 
 
 # Columns ------------------------------------------------------------------------------------------------------------
@@ -177,7 +168,7 @@ def _prompt(value: object) -> str:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         value = value[0].get("content")  # a one-message conversation, as some sets are published
     if not isinstance(value, str) or not value.strip():
-        raise _Bad(f"is {_show(value)}; a non-empty string is needed")
+        raise Bad(f"is {show(value)}; a non-empty string is needed")
     return _encodable(value)
 
 
@@ -185,17 +176,17 @@ def _answer(value: object) -> str:
     """The plain answer behind any of the published forms."""
     if isinstance(value, list | tuple):
         if not value:
-            raise _Bad("is an empty list; at least one answer is needed")
+            raise Bad("is an empty list; at least one answer is needed")
         return ", ".join(_answer(item) for item in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
     if not isinstance(value, str):
-        raise _Bad(f"is {_show(value)}; a string, a finite number or a list of them is needed")
+        raise Bad(f"is {show(value)}; a string, a finite number or a list of them is needed")
     text = _plain(value)
     if not text:
-        raise _Bad(f"is {_show(value)}, which holds no answer; a non-empty answer is needed")
+        raise Bad(f"is {show(value)}, which holds no answer; a non-empty answer is needed")
     return _encodable(text)
 
 
@@ -206,7 +197,7 @@ def _plain(text: str) -> str:
     try:
         boxed = last_boxed(text)
     except AnswerTooLong as error:
-        raise _Bad(f"is {_show(text)}: {error}") from None
+        raise Bad(f"is {show(text)}: {error}") from None
     answer = (text if boxed is None else boxed).strip()
     return _DOLLAR.sub("", answer).strip() if len(_DOLLAR.findall(answer)) % 2 == 0 else answer
 
@@ -216,7 +207,7 @@ def _solution(value: object) -> str:
     if isinstance(value, str) and "\\boxed" not in value and "####" not in value:
         text = value.strip()
         if len(text) > MAX_BARE_SOLUTION or "\n" in text:
-            raise _Bad(f"is {_show(value)}, which has no \\boxed{{}} answer; one is needed")
+            raise Bad(f"is {show(value)}, which has no \\boxed{{}} answer; one is needed")
     return _answer(value)
 
 
@@ -224,11 +215,11 @@ def _text(row: Mapping[str, object], column: str, convert: Callable[[object], st
     """A converted value; what is wrong with it names the column."""
     value = _get(row, column)
     if value is None:
-        raise _Bad(f"column {column!r} is {'null' if column in row else 'missing'}; every row needs one")
+        raise Bad(f"column {column!r} is {'null' if column in row else 'missing'}; every row needs one")
     try:
         return convert(value)
-    except _Bad as bad:
-        raise _Bad(f"column {column!r} {bad}") from None
+    except Bad as bad:
+        raise Bad(f"column {column!r} {bad}") from None
 
 
 def _stratum(row: Mapping[str, object], column: str | None, *, required: bool) -> str:
@@ -242,22 +233,34 @@ def _stratum(row: Mapping[str, object], column: str | None, *, required: bool) -
         return f"Level {number}" if column == "level" else number
     if isinstance(value, str) and value.strip():
         return _encodable(value.strip())
-    raise _Bad(f"column {column!r} is {_show(value)}; a non-empty string or a number is needed")
+    raise Bad(f"column {column!r} is {show(value)}; a non-empty string or a number is needed")
+
+
+def _label(row: Mapping[str, object], column: str | None) -> str:
+    """Level or subject, empty where there is none: never a reason to refuse a row."""
+    try:
+        label = _stratum(row, column, required=False)
+    except Bad:
+        return ""
+    return "" if label in (NO_STRATUM, UNKNOWN_STRATUM) else label
+
+
+def _tolerance(value: object) -> str:
+    try:
+        error = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        error = math.nan
+    if not 0.0 <= error < math.inf:
+        raise Bad(f"is {show(value)}; a number of 0 or above is needed")
+    return repr(error)
 
 
 def _encodable(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise _Bad("holds half of a surrogate pair; valid Unicode is needed") from None
+        raise Bad("holds half of a surrogate pair; valid Unicode is needed") from None
     return text
-
-
-def _show(value: object) -> str:
-    if value is None:
-        return "null"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _list(columns: Sequence[str]) -> str:

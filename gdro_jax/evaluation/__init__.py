@@ -8,9 +8,10 @@ from gdro_jax.evaluation.metrics import (
     paired_difference,
     pass_at_k,
 )
-from gdro_jax.evaluation.summary import Summary, format_summary, summarise
+from gdro_jax.evaluation.summary import NothingScorableError, Summary, format_summary, summarise
 
 __all__ = [
+    "NothingScorableError",
     "Summary",
     "bootstrap_interval",
     "cvar",

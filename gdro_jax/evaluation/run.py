@@ -28,7 +28,8 @@ class Counts(NamedTuple):
 
 
 class Graded(NamedTuple):
-    """One graded response: problem id, rank, text, score 1.0 or 0.0, whether it could be graded, whether it ended."""
+    """One graded response: problem id, rank among the problem's, text, score 1.0 or 0.0, whether it could be graded,
+    whether it ended before the length limit, generated tokens, and why it could not be graded."""
 
     problem: int
     rank: int
@@ -36,6 +37,8 @@ class Graded(NamedTuple):
     score: float
     scorable: bool
     finished: bool
+    tokens: int = 0
+    reason: str | None = None
 
 
 def texts(rollouts: Rollouts, tokenizer, stop_tokens: Sequence[int]) -> list[str]:
@@ -70,14 +73,23 @@ def responses(
             [prompts.tokens[i] for i in filled], index, key, [prompts.problems[i].id for i in filled], prompt_length
         )
         said = texts(out, tokenizer, sampler.config.stop_tokens)[: len(batch) * samples]
-        finished, mask = np.asarray(out.finished), np.asarray(out.mask)[: len(said)]
+        finished, lengths = np.asarray(out.finished), np.asarray(out.mask)[: len(said)].sum(axis=1)
         owners = [prompts.problems[i] for i in batch for _ in range(samples)]
         grades = verifier.grade(said, [p.answer for p in owners])
         rows = [
-            Graded(p.id, i % samples, said[i], float(grades.scores[i]), bool(grades.scorable[i]), bool(finished[i]))
+            Graded(
+                problem=p.id,
+                rank=i % samples,
+                response=said[i],
+                score=float(grades.scores[i]),
+                scorable=bool(grades.scorable[i]),
+                finished=bool(finished[i]),
+                tokens=int(lengths[i]),
+                reason=grades.reasons.get(i),
+            )
             for i, p in enumerate(owners)
         ]
-        yield rows, int(mask.sum())
+        yield rows, int(lengths.sum())
 
 
 def count(batches: Iterator[tuple[list[Graded], int]], num_problems: int) -> Counts:

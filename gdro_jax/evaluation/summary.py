@@ -21,6 +21,10 @@ Stats = TypedDict(
 """mean@samples, pass@k (None where no prompt has k scorable samples), prompts, and their intervals."""
 
 
+class NothingScorableError(ValueError):
+    """Not one response of an evaluation could be graded; its text is one line."""
+
+
 class Worst(TypedDict):
     """The stratum of the lowest mean."""
 
@@ -61,7 +65,8 @@ def summarise(
         intervals: False leaves the bootstrap out, as within training.
 
     Raises:
-        ValueError: unlike lengths, bad counts, or no prompt with a scorable sample.
+        ValueError: unlike lengths or bad counts.
+        NothingScorableError: no prompt with a scorable sample.
     """
     correct = np.asarray(num_correct, dtype=np.int64)
     samples = np.asarray(num_samples, dtype=np.int64)
@@ -73,7 +78,7 @@ def summarise(
         )
     scored = samples > 0
     if not scored.any():
-        raise ValueError("num_samples: no prompt has a scorable sample; at least one is needed")
+        raise NothingScorableError("no response could be graded: no prompt has a scorable sample")
 
     def stats(chosen: NDArray[np.bool_]) -> Stats:
         return _stats(correct[chosen], samples[chosen], k, intervals, resamples, level, seed)

@@ -1,4 +1,4 @@
-"""A worker of the maths verifier: a program run by path, so that it imports math-verify and nothing of this package.
+"""A worker of a verifier: a program run by path, so that it imports math-verify and nothing of this package.
 
 Reads one JSON request a line from standard input, ``{"id", "gold", "given"}``, and answers each with one line on the
 original standard output, ``{"id", "verdict"}``, where the verdict is true, false, or a string that says why the row is
@@ -22,13 +22,21 @@ LARGEST_FILE = 1 << 20  # bytes that a worker may write to any one file
 
 
 def main() -> None:
-    """Answer requests until standard input ends. Arguments: memory limit in MiB, seconds of deadline of one row."""
+    """Answer requests until standard input ends.
+
+    Arguments: memory limit in MiB, seconds of deadline of one row, and, where it is not math-verify that grades, the
+    function that does, as `package.module:function`.
+    """
     memory_mb, timeout = int(sys.argv[1]), float(sys.argv[2])
     with os.fdopen(os.dup(1), "wb", buffering=0) as replies:
         os.dup2(2, 1)  # whatever a library prints cannot be taken for a reply
         logging.disable(logging.CRITICAL)
-        grader = _Grader()
-        grader.verdict("\\frac{1}{2}", "x + 1")  # what is imported at first use is not the first row's to pay
+        grader: _Grader | _Function
+        if len(sys.argv) > 3:
+            grader = _Function(sys.argv[3])
+        else:
+            grader = _Grader()
+            grader.verdict("\\frac{1}{2}", "x + 1")  # what is imported at first use is not the first row's to pay
         sys.setrecursionlimit(RECURSION_LIMIT)
         _limit(resource.RLIMIT_AS, memory_mb << 20)
         _limit(resource.RLIMIT_FSIZE, LARGEST_FILE)
@@ -49,6 +57,26 @@ def _limit(which: int, value: int) -> None:
         resource.setrlimit(which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
     except (ValueError, OSError):  # a platform without this limit; the parent's deadline still holds
         return
+
+
+class _Function:
+    """A function of the user's: `function(response, answer)` is True, False, or None for unscorable."""
+
+    def __init__(self, path: str) -> None:
+        sys.path.insert(0, os.getcwd())
+        module, _, name = path.partition(":")
+        self._function = getattr(importlib.import_module(module), name)
+
+    def verdict(self, gold: str, given: str) -> bool | str:
+        try:
+            verdict = self._function(given, gold)
+        except Exception as error:  # whatever a function that is not ours raises costs this row alone
+            return f"the verifier function raised {type(error).__name__}"
+        if verdict is None:
+            return "the verifier function gave no verdict"
+        if verdict in (True, False):
+            return bool(verdict)
+        return f"the verifier function returned a {type(verdict).__name__} that is neither true nor false"
 
 
 class _Grader:

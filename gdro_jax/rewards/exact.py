@@ -1,7 +1,7 @@
 """Exact match of strings and numbers, in this process: for tasks whose responses are the answer itself."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from types import TracebackType
 from typing import Self
@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from gdro_jax.rewards import expression
 from gdro_jax.rewards.verifier import Grades, check_lengths, grades_of
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,64}(?:\.[0-9]{1,64}|/[0-9]{1,64})?")
@@ -20,11 +21,17 @@ class ExactVerifier:
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Grades:
         """Grades of R responses. A row without a gold answer, or whose response is no string, is unscorable."""
         check_lengths(responses, answers)
-        return grades_of([_verdict(response, answer) for response, answer in zip(responses, answers, strict=True)])
+        return grades_of([verdict(response, answer) for response, answer in zip(responses, answers, strict=True)])
 
     def score(self, responses: Sequence[str], answers: Sequence[str]) -> NDArray[np.float32]:
         """float32[R], 1.0 right, 0.0 wrong or unscorable."""
         return self.grade(responses, answers).scores
+
+    def check(self, answers: Iterable[str]) -> dict[int, str]:
+        """Rows of gold answers that cannot be used, and why."""
+        golds = ((row, answer) for row, answer in enumerate(answers) if expression.parse_gold(answer) is None)
+        verdicts = ((row, verdict(answer, answer)) for row, answer in golds)
+        return {row: str(verdict) for row, verdict in verdicts if verdict is not True}
 
     def close(self) -> None:
         """Nothing to end."""
@@ -38,12 +45,16 @@ class ExactVerifier:
         self.close()
 
 
-def _verdict(response: object, answer: object) -> bool | str:
+def verdict(response: object, answer: object) -> bool | str:
+    """True, False, or why the row is unscorable; a gold answer ``countdown(...)`` asks for an expression."""
     if not isinstance(response, str):
         return "the response is not a string"
     if not isinstance(answer, str) or not answer.strip():
         return "the gold answer is not a non-empty string"
     given, gold = response.strip(), answer.strip()
+    countdown = expression.parse_gold(gold)
+    if countdown is not None:
+        return expression.solves(countdown, given)
     if given == gold:
         return True
     value = _number(gold)

@@ -6,13 +6,14 @@ so it works off the main thread; a hang, a crash or a memory bomb costs its own 
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gdro_jax.rewards import numbers
 from gdro_jax.rewards.boxed import MAX_ANSWER_CHARS, AnswerTooLong, last_boxed, nesting_depth
 from gdro_jax.rewards.verifier import Grades, check_lengths, grades_of
 from gdro_jax.rewards.worker_pool import WorkerPool
@@ -20,7 +21,7 @@ from gdro_jax.rewards.worker_pool import WorkerPool
 MAX_DEPTH = 32
 """Deepest nesting of brackets that is handed to the parser."""
 
-_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,14})")
+_INTEGER = re.compile(r"-?[0-9]{1,15}")
 
 
 class Pair(NamedTuple):
@@ -31,7 +32,7 @@ class Pair(NamedTuple):
 
 
 class MathVerifier:
-    r"""Grades responses by the last ``\boxed{}`` in them.
+    r"""Grades responses by the last ``\boxed{}`` in them; a gold answer such as ``4.2 within 0.1`` allows that error.
 
     Right: it equals the gold answer. Wrong: it does not, or there is no box. Unscorable: the verifier failed, which is
     a deadline passed, a worker gone, memory or recursion exhausted, an answer longer than ``MAX_ANSWER_CHARS`` or
@@ -48,12 +49,6 @@ class MathVerifier:
     """
 
     def __init__(self, *, workers: int = 2, timeout: float = 5.0, memory_mb: int = 2048) -> None:
-        if workers < 1:
-            raise ValueError(f"workers: {workers!r} is not allowed; it must be at least 1")
-        if not 0.0 < timeout < float("inf"):
-            raise ValueError(f"timeout: {timeout!r} is not allowed; it must be a positive number of seconds")
-        if memory_mb < 256:
-            raise ValueError(f"memory_mb: {memory_mb!r} is not allowed; it must be at least 256")
         self._pool = WorkerPool(workers=workers, timeout=float(timeout), memory_mb=memory_mb)
         self._lock = threading.Lock()
 
@@ -69,6 +64,15 @@ class MathVerifier:
     def score(self, responses: Sequence[str], answers: Sequence[str]) -> NDArray[np.float32]:
         """float32[R], 1.0 right, 0.0 wrong or unscorable; never hangs, never raises for a bad response."""
         return self.grade(responses, answers).scores
+
+    def check(self, answers: Iterable[str]) -> dict[int, str]:
+        """Rows of gold answers that do not parse or do not equal themselves, and why; plain integers always do."""
+        golds = dict(enumerate(map(_checked, answers)))
+        pairs = list(dict.fromkeys(gold for gold in golds.values() if isinstance(gold, Pair)))
+        with self._lock:
+            verdicts = dict(zip(pairs, self._pool.run([pair._asdict() for pair in pairs]), strict=True))
+        final = {row: verdicts[gold] if isinstance(gold, Pair) else gold for row, gold in golds.items()}
+        return {row: str(verdict or "does not equal itself") for row, verdict in final.items() if verdict is not True}
 
     def close(self) -> None:
         """Kill the workers."""
@@ -95,13 +99,39 @@ def _plan(response: object, answer: object) -> Pair | bool | str:
     if gold is None:
         return "the gold answer is not a non-empty string"
     given = "" if given is None else given.strip()
+    wanted = numbers.target(gold) if " within " in gold else None
+    if wanted is not None:
+        number = numbers.read(given)
+        return number is not None and numbers.meets(wanted, number)
     if not given or given == gold:
         return given == gold
     if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold):
         return int(given) == int(gold)
+    if _same_number(gold, given):
+        return True
     if nesting_depth(given) > MAX_DEPTH:
         return f"the answer is nested deeper than {MAX_DEPTH}"
     return Pair(gold, given)
+
+
+def _same_number(gold: str, given: str) -> bool:
+    """Whether both are plain numbers, and equal: spellings that math-verify does not know, such as ``1e3``."""
+    wanted = numbers.read(gold, units=False)
+    return wanted is not None and wanted == numbers.read(given, units=False)
+
+
+def _checked(answer: object) -> Pair | bool | str:
+    """The pair of a gold answer with itself, or the verdict where no worker is needed."""
+    try:
+        gold = _gold(answer)
+    except AnswerTooLong as error:
+        return str(error)
+    if gold is None:
+        return "the gold answer is not a non-empty string"
+    if nesting_depth(gold) > MAX_DEPTH:
+        return f"the answer is nested deeper than {MAX_DEPTH}"
+    plain = _INTEGER.fullmatch(gold) or (" within " in gold and numbers.target(gold))
+    return True if plain else Pair(gold, gold)
 
 
 def _gold(answer: object) -> str | None:

@@ -1,6 +1,6 @@
 """What every verifier is: a context manager that turns responses and gold answers into three-valued grades."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType, TracebackType
@@ -22,6 +22,10 @@ class Grades:
     """Why, for each unscorable row."""
 
 
+class UnscorableError(RuntimeError):
+    """Too many responses could not be graded; its text is one line."""
+
+
 class Verifier(Protocol):
     """Grades responses. ``close`` ends whatever the verifier started; leaving a ``with`` block does so too."""
 
@@ -31,6 +35,10 @@ class Verifier(Protocol):
         Raises:
             ValueError: the two lengths differ.
         """
+        ...
+
+    def check(self, answers: Iterable[str]) -> dict[int, str]:
+        """Rows of gold answers that no response could match, or that do not equal themselves, and why."""
         ...
 
     def close(self) -> None: ...
@@ -52,6 +60,17 @@ def grades_of(verdicts: Sequence[bool | str]) -> Grades:
     )
 
 
+def check_failures(grades: Grades, limit: float, where: str) -> None:
+    """UnscorableError if more than the share ``limit`` of the rows is unscorable; ``where`` begins its text."""
+    failed = float(1.0 - grades.scorable.mean())
+    if failed > limit:
+        reason = next(iter(grades.reasons.values()), "no reason given")
+        raise UnscorableError(
+            f"{where}: {failed:.0%} of the responses could not be graded, more than data.max_unscorable={limit}; "
+            f"the first because: {reason}"
+        )
+
+
 def check_lengths(responses: Sequence[str], answers: Sequence[str]) -> None:
     """ValueError unless there is one gold answer for each response."""
     if len(responses) != len(answers):
@@ -70,7 +89,21 @@ def _math(workers: int, timeout: float) -> Verifier:
     return MathVerifier(workers=workers, timeout=timeout)
 
 
-_FACTORIES: Mapping[str, Callable[[int, float], Verifier]] = MappingProxyType({"exact": _exact, "math": _math})
+def _numeric(workers: int, timeout: float) -> Verifier:
+    from gdro_jax.rewards.boxes import NumericVerifier
+
+    return NumericVerifier()
+
+
+def _choice(workers: int, timeout: float) -> Verifier:
+    from gdro_jax.rewards.boxes import ChoiceVerifier
+
+    return ChoiceVerifier()
+
+
+_FACTORIES: Mapping[str, Callable[[int, float], Verifier]] = MappingProxyType(
+    {"exact": _exact, "math": _math, "numeric": _numeric, "choice": _choice}
+)
 
 
 def names() -> tuple[str, ...]:
@@ -82,16 +115,30 @@ def make(name: str, *, workers: int = 2, timeout: float = 5.0) -> Verifier:
     """The verifier of that name.
 
     Args:
-        name: ``exact`` (string or number equality, in this process) or ``math`` (math-verify in worker processes).
+        name: ``exact`` (the whole response: string or number equality), ``math`` (math-verify on the last box, in
+            worker processes), ``numeric`` (the last box, to a tolerance), ``choice`` (an option's letter in the last
+            box), or ``package.module:function`` (the user's own, in worker processes).
         workers: worker processes, for the verifiers that have them.
         timeout: seconds of wall clock that one row may take, for the verifiers that need a deadline.
 
     Raises:
         ValueError: an unknown name, or a bad setting.
     """
-    factory = _FACTORIES.get(name)
-    if factory is None:
+    check_name(name)
+    if ":" in name:
+        from gdro_jax.rewards.function import FunctionVerifier
+
+        return FunctionVerifier(name, workers=workers, timeout=timeout)
+    return _FACTORIES[name](workers, timeout)
+
+
+def check_name(name: str) -> None:
+    """ValueError unless ``make`` would know what to make of the name."""
+    if name in _FACTORIES:
+        return
+    module, _, function = str(name).partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), function)):
         close = get_close_matches(str(name), names(), n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"verifier: {name!r} is unknown; it must be one of {', '.join(names())}{hint}")
-    return factory(workers, timeout)
+        known = f"{', '.join(names())} or package.module:function"
+        raise ValueError(f"verifier: {name!r} is unknown; it must be one of {known}{hint}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 WORKER_PROGRAM = Path(__file__).with_name("_worker.py")
-START_LIMIT = 120.0
+START_LIMIT = 600.0
 """Seconds that a worker may take to be ready; importing is slow on a busy machine."""
 MAX_FAILED_STARTS = 3
 """Workers in a row that end before they are ready until the pool gives up."""
@@ -53,12 +53,24 @@ class _Worker:
         return dict(json.loads(line)) if newline else None
 
 
+def check_settings(workers: int, timeout: float, memory_mb: int) -> None:
+    """ValueError for a setting that a pool cannot work with."""
+    if workers < 1:
+        raise ValueError(f"workers: {workers!r} is not allowed; it must be at least 1")
+    if not 0.0 < timeout < float("inf"):
+        raise ValueError(f"timeout: {timeout!r} is not allowed; it must be a positive number of seconds")
+    if memory_mb < 256:
+        raise ValueError(f"memory_mb: {memory_mb!r} is not allowed; it must be at least 256")
+
+
 class WorkerPool:
     """Runs jobs (small JSON objects) on worker processes; see ``_worker.py`` for what is said to them."""
 
-    def __init__(self, *, workers: int, timeout: float, memory_mb: int) -> None:
+    def __init__(self, *, workers: int, timeout: float, memory_mb: int, arguments: Sequence[str] = ()) -> None:
+        check_settings(workers, timeout, memory_mb)
         self._timeout = timeout
         self._memory_mb = memory_mb
+        self._arguments = tuple(arguments)
         self._failed_starts = 0
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
         self._workers: list[_Worker] = []
@@ -157,7 +169,7 @@ class WorkerPool:
     def _start(self) -> _Worker:
         process = subprocess.Popen(
             # -P: the program's own folder must not shadow what it imports.
-            [sys.executable, "-P", str(WORKER_PROGRAM), str(self._memory_mb), str(self._timeout)],
+            [sys.executable, "-P", str(WORKER_PROGRAM), str(self._memory_mb), str(self._timeout), *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+from gdro_jax.data.orders import LOADERS
 from gdro_jax.data.prompts import resolve_template
 from gdro_jax.models.qwen3 import REMAT
+from gdro_jax.rewards.verifier import check_name
 from gdro_jax.sampling import SamplingConfig
 
 
@@ -82,7 +84,15 @@ class DataConfig:
     """Problems, prompts and verification.
 
     Attributes:
-      train: a JSON-lines file of problems, or `embedded` for the procedural set shipped with the package.
+      train: a JSON-lines or parquet file of problems, `hub:OWNER/DATASET/FILE` for one on the Hugging Face hub, or
+        `embedded` for the procedural set shipped with the package.
+      mixture: such names to their shares of every step, instead of `train`; None for one set.
+      loader: `builtin`, or `grain`, which a mixture needs; both are pure functions of seed and position.
+      gold_check: `refuse` or `drop` rows whose answer the verifier cannot parse or that does not equal itself, None to
+        train on them unseen.
+      contamination: `report`, `drop` or `refuse` training problems that are there twice or that overlap evaluation
+        problems (`eval.data` and the benchmarks in `benchmarks`), None not to look.
+      benchmarks: a folder of benchmark files to look for overlaps with.
       prompt_column, answer_column, stratum_column: names in that file, None to recognise the published benchmarks' own.
       on_bad_row: `refuse` or `drop` a row that cannot be used.
       template: `plain` (the problem alone), `boxed` (the instruction of arXiv 2601.19280 after it), or a text with
@@ -91,13 +101,19 @@ class DataConfig:
         template; `system` in it is the system's turn, other entries, such as `enable_thinking`, go to that template.
       max_prompt_tokens: longest prompt, None for the longest there is; longer ones are treated as `overlong` says,
         `drop` or `refuse`. Every prompt is padded to this one length.
-      verifier: `exact` or `math`.
-      verifier_workers: processes of the `math` verifier.
+      verifier: `exact` (the whole response), `math` (the last box, by math-verify), `numeric` (the last box, a number),
+        `choice` (the last box, an option's letter), or a function of yours as `package.module:function`.
+      verifier_workers: processes of the `math` verifier or of yours.
       verifier_timeout: seconds one response may take.
       max_unscorable: the run stops when more than this share of a step's rows is unscorable.
     """
 
     train: str = "embedded"
+    mixture: dict[str, object] | None = None
+    loader: str = "builtin"
+    gold_check: str | None = "refuse"
+    contamination: str | None = "report"
+    benchmarks: str | None = None
     prompt_column: str | None = None
     answer_column: str | None = None
     stratum_column: str | None = None
@@ -113,6 +129,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self.on_bad_row in ("refuse", "drop"), "data", "on_bad_row", self.on_bad_row, "refuse or drop")
+        _check(self.loader in LOADERS, "data", "loader", self.loader, " or ".join(LOADERS))
+        _check(
+            self.gold_check in ("refuse", "drop", None), "data", "gold_check", self.gold_check, "refuse, drop or null"
+        )
+        ok = self.contamination in ("report", "drop", "refuse", None)
+        _check(ok, "data", "contamination", self.contamination, "report, drop, refuse or null")
+        shares = [] if self.mixture is None else list(self.mixture.values())
+        ok = self.mixture is None or (bool(shares) and all(type(s) in (int, float) and 0 < s < 1e9 for s in shares))
+        _check(ok, "data", "mixture", self.mixture, "names of sets with positive shares, or null")
+        ok = self.mixture is None or self.loader == "grain"
+        _check(ok, "data", "loader", self.loader, "grain with data.mixture")
         try:
             resolve_template(self.template)
         except ValueError as error:
@@ -120,11 +147,37 @@ class DataConfig:
         ok = self.max_prompt_tokens is None or self.max_prompt_tokens >= 1
         _check(ok, "data", "max_prompt_tokens", self.max_prompt_tokens, "at least 1, or null")
         _check(self.overlong in ("drop", "refuse"), "data", "overlong", self.overlong, "drop or refuse")
-        _check(self.verifier in ("exact", "math"), "data", "verifier", self.verifier, "exact or math")
+        try:
+            check_name(self.verifier)
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from None
         _check(self.verifier_workers >= 1, "data", "verifier_workers", self.verifier_workers, "at least 1")
         ok = 0 < self.verifier_timeout < float("inf")
         _check(ok, "data", "verifier_timeout", self.verifier_timeout, "above 0 seconds, and finite")
         _check(0 <= self.max_unscorable <= 1, "data", "max_unscorable", self.max_unscorable, "a share in 0..1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What is added to right (1) and wrong (0) before advantages are taken; controllers and evaluations never see it.
+
+    Attributes:
+      overlong_buffer: tokens before `sampling.max_new_tokens` over which a penalty grows from 0 to `overlong_penalty`
+        (arXiv 2503.14476, Eq. 13), None for no penalty.
+      format_reward: added to a response with a complete box, right or wrong; None for nothing.
+    """
+
+    overlong_buffer: int | None = None
+    overlong_penalty: float = 1.0
+    format_reward: float | None = None
+
+    def __post_init__(self) -> None:
+        ok = self.overlong_buffer is None or self.overlong_buffer >= 1
+        _check(ok, "reward", "overlong_buffer", self.overlong_buffer, "at least 1, or null")
+        ok = 0 < self.overlong_penalty < float("inf")
+        _check(ok, "reward", "overlong_penalty", self.overlong_penalty, "above 0, and finite")
+        ok = self.format_reward is None or 0 < self.format_reward < float("inf")
+        _check(ok, "reward", "format_reward", self.format_reward, "above 0, and finite, or null")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,6 +294,9 @@ class EvalConfig:
       every: steps between evaluations, None for the base and the end only.
       samples: responses per problem; k: of pass@k, at most `samples`.
       temperature, top_p, top_k: of evaluation sampling.
+      max_new_tokens: longest response, None for that of training.
+      template: as `data.template`; None for that one, and for `boxed` on benchmarks.
+      problems_per_call: problems sampled at a time, each `samples` times; changes memory and speed, nothing else.
       problems_per_stratum: use the first so many of each stratum along the way, None for all; the base and the end
         are evaluated on all.
     """
@@ -252,12 +308,22 @@ class EvalConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    max_new_tokens: int | None = None
+    template: str | None = None
+    problems_per_call: int = 256
     problems_per_stratum: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.samples >= 1, "eval", "samples", self.samples, "at least 1")
         _check(1 <= self.k <= self.samples, "eval", "k", self.k, f"in 1..samples={self.samples}")
         _check(self.every is None or self.every >= 1, "eval", "every", self.every, "at least 1, or null")
+        ok = self.max_new_tokens is None or self.max_new_tokens >= 1
+        _check(ok, "eval", "max_new_tokens", self.max_new_tokens, "at least 1, or null")
+        _check(self.problems_per_call >= 1, "eval", "problems_per_call", self.problems_per_call, "at least 1")
+        try:
+            resolve_template(self.template or "plain")
+        except ValueError as error:
+            raise ValueError(f"eval.{error}") from None
         ok = self.problems_per_stratum is None or self.problems_per_stratum >= 1
         _check(ok, "eval", "problems_per_stratum", self.problems_per_stratum, "at least 1, or null")
         try:
@@ -297,6 +363,7 @@ class Config:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
     sampling: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -308,6 +375,10 @@ class Config:
         ok = self.rows_per_step % pieces == 0
         allowed = f"such that minibatches * microbatches divides the step's {self.rows_per_step} rows"
         _check(ok, "train", "minibatches", self.train.minibatches, allowed)
+        buffer = self.reward.overlong_buffer
+        ok = buffer is None or buffer <= self.sampling.max_new_tokens
+        allowed = f"at most sampling.max_new_tokens={self.sampling.max_new_tokens}"
+        _check(ok, "reward", "overlong_buffer", buffer, allowed)
         greedy = self.sampling.temperature == 0
         _check(not greedy, "sampling", "temperature", self.sampling.temperature, "above 0 in training")
         truncated = self.sampling.top_p < 1.0 or self.sampling.top_k > 0

@@ -23,7 +23,7 @@ class Evaluator:
         self._all = parts.heldout
         self._some = prompt_data.first_per_stratum(parts.heldout, config.eval.problems_per_stratum)
         sampling = SamplingConfig(
-            max_new_tokens=config.sampling.max_new_tokens,
+            max_new_tokens=config.eval.max_new_tokens or config.sampling.max_new_tokens,
             temperature=config.eval.temperature,
             top_p=config.eval.top_p,
             top_k=config.eval.top_k,
@@ -48,6 +48,7 @@ class Evaluator:
             key,
             samples,
             self._config.data.max_prompt_tokens or self._all.longest,
+            self._config.eval.problems_per_call,
         )
         counts = evaluation.count(batches, len(self._all.problems))
         summaries = {

@@ -17,6 +17,7 @@ from gdro_jax import controllers, rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.evaluation import run as evaluation
 from gdro_jax.models import qwen3
+from gdro_jax.rewards import shaping
 from gdro_jax.sampling import Rollouts, Sampler
 from gdro_jax.training import batching, config_io, records, setup, step
 from gdro_jax.training.checkpoint import Checkpoints
@@ -29,10 +30,6 @@ from gdro_jax.training.ledger import Clock, Ledger
 _PLAN, _SAMPLE, _CUT, _EVAL, _INIT = range(5)  # purposes of random keys
 
 
-class UnscorableError(RuntimeError):
-    """Too many responses of a step could not be graded."""
-
-
 class Collected(NamedTuple):
     """A step's plan and rollouts on the host, with the pieces the update will go through."""
 
@@ -41,6 +38,7 @@ class Collected(NamedTuple):
     prompt_index: np.ndarray
     rollouts: Rollouts
     grades: rewards.Grades
+    shaped: np.ndarray
     pieces: batching.Pieces
 
 
@@ -61,7 +59,7 @@ class Trainer:
       compiles: counts compilations.
 
     Raises:
-      setup.InputError: the run's folder holds a run of another configuration.
+      setup.InputError: the run's folder holds a run of another configuration, or of other problems.
     """
 
     def __init__(self, config: Config, parts: setup.Setup, verifier: rewards.Verifier, compiles: CompileCounter):
@@ -136,6 +134,7 @@ class Trainer:
     def save(self) -> None:
         """Checkpoints everything under the present step, with the record that is not in the log yet."""
         counters = {"ledger": dataclasses.asdict(self.ledger), "pending": records.plain(self._pending)}
+        counters |= {"data": self.parts.train.fingerprint}
         self.checkpoints.save(self.step, self.state, counters)
 
     def _due(self, every: int | None) -> bool:
@@ -164,8 +163,8 @@ class Trainer:
         return jax.random.fold_in(jax.random.fold_in(self.key, purpose), number)
 
     def _collect(self, clock: Clock) -> Collected:
-        run, size, number = self.config.run, self.config.train.prompts_per_step, self.step + 1
-        ids = prompt_data.order(run.seed, self.ledger.prompts, len(self.parts.train.problems), size)
+        run, number = self.config.run, self.step + 1
+        ids = self.parts.order(self.ledger.prompts)
         plan, rule_state = self._plan(self.state.rule, ids, self._fold(_PLAN, number))
         plan = jax.device_get(plan)
         index = batching.flat_index(plan.rollouts)
@@ -181,14 +180,18 @@ class Trainer:
         answers = [self.parts.train.problems[plan.prompt_ids[i]].answer for i in index]
         grades = self.verifier.grade(said, answers)
         clock.lap("verify")
-        unscorable = 1.0 - grades.scorable.mean()
-        if unscorable > self.config.data.max_unscorable:
-            reason = next(iter(grades.reasons.values()), "no reason given")
-            raise UnscorableError(
-                f"step {number}: {unscorable:.0%} of the responses could not be graded, "
-                f"more than data.max_unscorable={self.config.data.max_unscorable}; the first because: {reason}"
-            )
-        return Collected(plan, rule_state, index, out, grades, cut)
+        rewards.check_failures(grades, self.config.data.max_unscorable, f"step {number}")
+        reward = self.config.reward
+        shaped = shaping.shaped(
+            grades.scores,
+            out.mask.sum(axis=1),
+            said,
+            max_length=self.config.sampling.max_new_tokens,
+            overlong_buffer=reward.overlong_buffer,
+            overlong_penalty=reward.overlong_penalty,
+            format_reward=reward.format_reward,
+        )
+        return Collected(plan, rule_state, index, out, grades, shaped, cut)
 
     def _learn(self, collected: Collected, clock: Clock) -> tuple[Collected, step.StepResult, Any, controllers.Outcome]:
         """Updates policy and controllers; the plan returned holds the weights that were used."""
@@ -202,7 +205,7 @@ class Trainer:
             tokens=collected.rollouts.tokens,
             mask=collected.rollouts.mask,
             logprobs=collected.rollouts.logprobs,
-            rewards=grades.scores,
+            rewards=collected.shaped,
             scorable=grades.scorable,
             pieces=collected.pieces,
         )
@@ -235,6 +238,7 @@ class Trainer:
         return {
             "step": number,
             "reward": records.mean(reward),  # over prompts: rows would count the prompts with more rollouts more
+            "shaped_reward": float(collected.shaped[grades.scorable].mean()) if grades.scorable.any() else None,
             **metrics,
             "learning_rate": float(step.learning_rate(self.config.train)(number * self.config.train.minibatches - 1)),
             "response_length": float(out.mask.sum(1).mean()),
@@ -279,6 +283,12 @@ class Trainer:
         if latest is None:
             return False
         self.state, counters = self.checkpoints.restore(latest, self.state)
+        trained_on = counters.get("data")  # a checkpoint of before this was kept does not say
+        if trained_on not in (None, self.parts.train.fingerprint):
+            raise setup.InputError(
+                f"data.train={self.config.data.train!r}: is not what the run in run.output={self.config.run.output!r} "
+                "was trained on (other problems, or others of them usable); give it back, or choose another folder"
+            )
         self.ledger, self._pending, self.step = Ledger(**counters["ledger"]), counters["pending"], latest
         return True
 

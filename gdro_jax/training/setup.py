@@ -9,9 +9,10 @@ from typing import NamedTuple
 import jax
 import transformers
 
-from gdro_jax import controllers, rewards
-from gdro_jax.data import procedural, prompts, sources
+from gdro_jax import controllers
+from gdro_jax.data import orders, prompts
 from gdro_jax.models import hf, hub, qwen3
+from gdro_jax.training import inputs
 from gdro_jax.training.config import Config, ModelConfig
 
 
@@ -28,12 +29,13 @@ class Policy(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """A run's parts; `heldout` is None without evaluation; `notes` say what was left out and show a prompt."""
+    """A run's parts; `heldout` is None without evaluation; `notes` say what was noticed, and show a prompt."""
 
     policy: Policy
     train: prompts.Prompts
     heldout: prompts.Prompts | None
     rule: controllers.Rule
+    order: orders.Order
     notes: tuple[str, ...]
 
 
@@ -86,66 +88,35 @@ def load_policy(config: ModelConfig) -> Policy:
     return Policy(model, tokenizer, stops)
 
 
-def load_problems(path: str, split: str, config: Config) -> sources.Source:
-    """Problems of a JSON-lines file, or the shipped `split` for `embedded`.
-
-    Raises:
-      DataError: with one clear line.
-    """
-    if path == "embedded":
-        return sources.Source(procedural.embedded(split), ())
-    return sources.load(
-        path,
-        prompt_column=config.data.prompt_column,
-        answer_column=config.data.answer_column,
-        stratum_column=config.data.stratum_column,
-        on_bad_row=config.data.on_bad_row,
-    )
-
-
-def load_prompts(path: str, split: str, tokenizer, config: Config) -> tuple[prompts.Prompts, list[str]]:
-    """Problems as token ids, and a line for everything that was left out, as the configuration allows.
-
-    Raises:
-      DataError: with one clear line.
-    """
-    source = load_problems(path, split, config)
-    ready = prompts.prepare(
-        source.problems,
-        tokenizer,
-        template=config.data.template,
-        chat=config.data.chat,
-        max_tokens=config.data.max_prompt_tokens,
-        on_overlong=config.data.overlong,
-    )
-    notes = [f"{path}, line {row.line}: dropped, {row.reason}" for row in source.dropped]
-    if ready.dropped:
-        notes.append(f"{path}: {len(ready.dropped)} of {len(source.problems)} prompts dropped as too long")
-    return ready, notes
-
-
-def assemble(config: Config, policy: Policy | None = None) -> Setup:
+def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs | None = None) -> Setup:
     """Loads and checks everything a run needs.
 
     Args:
       config: the run's configuration.
       policy: what `load_policy(config.model)` gave before, to hold one copy for several runs; None loads it.
+      data: what `inputs.load(config)` gave before, to check it once for several runs; None loads it.
 
     Raises:
       InputError, DataError, CheckpointError: with one clear line.
     """
+    data = inputs.load(config) if data is None else data
     policy = load_policy(config.model) if policy is None else policy
-    train, notes = load_prompts(config.data.train, "train", policy.tokenizer, config)
+    train, notes = inputs.ready(data.train, config.data.template, policy.tokenizer, config)
     first = train.tokens[0]
-    notes.append(f"first prompt, {len(first)} tokens: {policy.tokenizer.decode(list(first))!r}")
+    shown = f"first prompt, {len(first)} tokens: {policy.tokenizer.decode(list(first))!r}"
+    notes = [*data.notes, *notes, shown]
     heldout = None
-    if config.eval.data is not None:
-        heldout, more = load_prompts(config.eval.data, "heldout", policy.tokenizer, config)
+    if data.heldout is not None:
+        template = config.eval.template or config.data.template
+        heldout, more = inputs.ready(data.heldout, template, policy.tokenizer, config)
         notes += more
     if config.train.prompts_per_step > len(train.problems):
         raise InputError(
             f"train.prompts_per_step={config.train.prompts_per_step}: only {len(train.problems)} problems are usable"
         )
+    shares = [1.0] if config.data.mixture is None else [float(str(s)) for s in config.data.mixture.values()]
+    parts = [[p.id for p in train.problems if p.part == part] for part in range(len(shares))]
+    order = orders.make(config.data.loader, config.run.seed, parts, shares, config.train.prompts_per_step)
     try:
         rule = controllers.make(
             config.controller.name,
@@ -157,7 +128,7 @@ def assemble(config: Config, policy: Policy | None = None) -> Setup:
     except (ValueError, TypeError) as error:
         raise InputError(f"controller: {error}") from None
     check_length(policy, [p for p in (train, heldout) if p is not None], config)
-    return Setup(policy, train, heldout, rule, tuple(notes))
+    return Setup(policy, train, heldout, rule, order, tuple(notes))
 
 
 def check_length(policy: Policy, asked: Sequence[prompts.Prompts], config: Config) -> None:
@@ -167,10 +138,11 @@ def check_length(policy: Policy, asked: Sequence[prompts.Prompts], config: Confi
       InputError: they may need more than the model has.
     """
     longest = config.data.max_prompt_tokens or max(p.longest for p in asked)
-    needed, most = longest + config.sampling.max_new_tokens, policy.model.config.positions
+    response = max(config.sampling.max_new_tokens, config.eval.max_new_tokens or 0)
+    needed, most = longest + response, policy.model.config.positions
     if needed > most:
         raise InputError(
-            f"sampling.max_new_tokens={config.sampling.max_new_tokens}: with prompts of up to {longest} tokens that is "
+            f"sampling.max_new_tokens={response}: with prompts of up to {longest} tokens that is "
             f"{needed} positions, the model has {most} (max_position_embeddings in its config.json)"
         )
 
@@ -189,9 +161,3 @@ def claim_folder(path: str, field: str) -> pathlib.Path:
     except OSError as error:
         raise InputError(f"{field}={path!r}: not a folder that can be written ({error.strerror})") from None
     return folder
-
-
-def verifier(config: Config) -> rewards.Verifier:
-    """The run's verifier, to be closed after use."""
-    data = config.data
-    return rewards.make(data.verifier, workers=data.verifier_workers, timeout=data.verifier_timeout)

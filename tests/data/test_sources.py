@@ -24,7 +24,7 @@ def test_rows_get_dense_ids_in_file_order(tmp_path: Path) -> None:
         tmp_path / "a.jsonl", {"question": "q0", "answer": "a", "level": 3}, "", {"question": "q1", "answer": 7}
     )
     loaded = sources.load(file)
-    assert loaded.problems == (Problem(0, "q0", "a", "Level 3"), Problem(1, "q1", "7", "unknown"))
+    assert loaded.problems == (Problem(0, "q0", "a", "Level 3", "Level 3"), Problem(1, "q1", "7", "unknown"))
     assert loaded.dropped == ()
 
 

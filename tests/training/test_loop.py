@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import transformers
 
+from gdro_jax import rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.models import hf
-from gdro_jax.training import InputError, config_io, loop
+from gdro_jax.training import InputError, config_io
 
 SPREAD = ("controller.settings.statistic=pass_at_k", "controller.settings.k=1")  # bins fill from the second epoch on
 SAMPLED = ("controller.name=joint", "controller.settings.selection=sample", "run.checkpoint_every=2", *SPREAD)
@@ -183,6 +184,33 @@ def test_a_stop_asked_at_once_samples_nothing(configure, launch, heldout, tmp_pa
     assert logged(tmp_path / "run") == [] and trainer.checkpoints.latest() == 0
 
 
+def test_a_run_goes_on_with_the_problems_it_was_trained_on_alone(configure, launch, tmp_path):
+    config = configure("run.steps=1")
+    file = tmp_path / "twelve.jsonl"
+    before = file.read_text()
+    trainer = launch(config)
+    train(trainer)
+    trainer.close()
+    for changed in (before.replace('"answer": "4"', '"answer": "5"'), before.replace("3+3=", "3*3="), before[::-1]):
+        file.write_text(changed if changed != before[::-1] else "\n".join(before.splitlines()[::-1]) + "\n")
+        with pytest.raises(InputError, match=r"data\.train=.*is not what the run in .* was trained on") as caught:
+            launch(config)
+        assert "\n" not in str(caught.value)
+    file.write_text(before + "\n")  # a blank line is no problem
+    assert launch(config).step == 1
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_taken(configure, launch):
+    config = configure("run.steps=1")
+    trainer = launch(config)
+    train(trainer)
+    counters = trainer.checkpoints.restore(1, trainer.state)[1]
+    assert counters.pop("data") == trainer.parts.train.fingerprint
+    trainer.checkpoints.save(2, trainer.state, counters)
+    trainer.close()
+    assert launch(config).step == 2
+
+
 def test_the_step_compiles_once(configure, launch, tmp_path):
     sample = ("controller.name=rollout_gdro", "controller.settings.selection=sample", *SPREAD)
     trainer = launch(configure(*sample, "run.steps=5", "train.minibatches=2"))
@@ -238,7 +266,7 @@ def test_ledger_and_record(configure, launch, tmp_path):
 def test_too_many_unscorable_responses_stop_the_run(configure, launch):
     trainer = launch(configure("data.max_unscorable=0.1"))
     trainer.verifier = type(trainer.verifier)(unscorable=2)
-    with pytest.raises(loop.UnscorableError, match=r"step 1: \d+% .*data\.max_unscorable=0\.1.*no mood to grade"):
+    with pytest.raises(rewards.UnscorableError, match=r"step 1: \d+% .*data\.max_unscorable=0\.1.*no mood to grade"):
         train(trainer)
 
 

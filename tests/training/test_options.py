@@ -11,7 +11,7 @@ import pytest
 from gdro_jax.data import prompts
 from gdro_jax.data.sources import DataError
 from gdro_jax.evaluation.run import Graded
-from gdro_jax.training import Config, InputError, loop, setup
+from gdro_jax.training import Config, InputError, inputs, loop, setup
 
 TESTS = pathlib.Path(__file__).parent.parent
 LOSS, ADAM = "training/test_step.py::test_every_option_of_the_loss_acts", "training/test_step.py::test_adam_by_hand"
@@ -207,9 +207,9 @@ def test_overlong_prompts(configure, tmp_path, launch):
 
 def test_verifier_options(configure, monkeypatch):
     asked = []
-    monkeypatch.setattr(setup.rewards, "make", lambda name, **settings: asked.append((name, settings)))
-    setup.verifier(configure())
-    setup.verifier(configure("data.verifier=math", "data.verifier_workers=3", "data.verifier_timeout=0.5"))
+    monkeypatch.setattr(inputs.rewards, "make", lambda name, **settings: asked.append((name, settings)))
+    inputs.verifier(configure())
+    inputs.verifier(configure("data.verifier=math", "data.verifier_workers=3", "data.verifier_timeout=0.5"))
     assert asked == [("exact", {"workers": 2, "timeout": 5.0}), ("math", {"workers": 3, "timeout": 0.5})]
 
 

@@ -1,0 +1,174 @@
+"""Strings meant to hang, crash, bloat or fool the maths verifier, and what grading them costs.
+
+Usage: python experiments/benchmarks/hostile.py [--timeout 1] > experiments/benchmarks/results/hostile.json
+
+Each string is graded among four ordinary right answers, by two workers, off the main thread. One line of JSON: seconds
+of the longest hostile row beside the deadline, how many were wrong and how many unscorable and why, and the rate of the
+same ordinary rows alone and among the hostile ones.
+"""
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections import Counter
+
+from gdro_jax.rewards.math_verifier import MathVerifier
+from gdro_jax.rewards.verifier import Grades
+
+
+def box(text: str) -> str:
+    return f"\\boxed{{{text}}}"
+
+
+def matrix(size: int, entry: str) -> str:
+    rows = ["&".join(entry.replace("{r}", str(r)).replace("{c}", str(c)) for c in range(size)) for r in range(size)]
+    return "\\begin{pmatrix}" + "\\\\".join(rows) + "\\end{pmatrix}"
+
+
+DEEP = 5000
+HOSTILE = {
+    # Hangs of the parser or of the comparison.
+    "tower of tens": box("10^{10^{10^{10}}}"),
+    "tower of nines": box("9^{9^{9^{9}}}"),
+    "factorial": box("100000000!"),
+    "factorial of a factorial": box("(10!)!"),
+    "factorial of a power": box("(10^9)!"),
+    "wide power": box("(x+y+z+w+1)^{300}"),
+    "huge power of two": box("2^{2^{40}}"),
+    "huge negative power": box("2^{-2^{40}}"),
+    "root of a tower": box("\\sqrt[3]{10^{10^{12}}}"),
+    "large binomial": box("\\binom{1000000000}{500000000}"),
+    "long sum": box("\\sum_{n=1}^{10^{12}} \\frac{1}{n^3+n+1}"),
+    "long product": box("\\prod_{n=1}^{100000} (x+n)"),
+    "hard integral": box("\\int_0^1 e^{x^{x^{x}}} \\sin(x^{9}) dx"),
+    "hard limit": box("\\lim_{n \\to \\infty} (1+\\sin(n)/n)^{n^2}"),
+    "sine of a tower": box("\\sin(10^{10^{10}})"),
+    "logarithm of a tower": box("\\log(10^{10^{10^{10}}})"),
+    "repeating decimal": box("0." + "3" * 1900),
+    "many digits": box("9" * 1990),
+    "many digits squared": box("(" + "9" * 900 + ")^{9999999}"),
+    "tiny decimal": box("1e-999999999"),
+    "huge decimal": box("1e999999999"),
+    "nested fractions": box("\\frac{1}{1+" * 30 + "x" + "}" * 30),
+    "nested roots": box("\\sqrt{2+" * 30 + "x" + "}" * 30),
+    "nested powers": box("x^{" * 30 + "2" + "}" * 30),
+    "many unknowns": box("+".join(f"x_{{{n}}}^2" for n in range(150))),
+    "many factors": box("".join(f"(x+{n})" for n in range(150))),
+    "matrix power": box("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}^{10^{10}}"),
+    "large matrix": box(matrix(14, "x")),
+    "determinant": box("\\det" + matrix(7, "x_{r}{c}")),
+    "equations without end": box("=".join("x" * 300)),
+    "signs without end": box("-" * 1900 + "5"),
+    "plus or minus": box("\\pm" * 60 + "5"),
+    "sets of sets": box("\\{" * 30 + "5" + "\\}" * 30),
+    "commas": box("," * 1900),
+    "all the small numbers": box(",".join(str(n) for n in range(500))),
+    "both answers": box("5 \\text{ or } 6"),
+    "an interval around": box("(4,6)"),
+    "more than": box(">4"),
+    # Size and depth.
+    "two million characters": "x" * 2_000_000,
+    "two million digits in a box": box("1" * 2_000_000),
+    "boxes without end": "\\boxed{" * 300_000,
+    "boxes and nothing": "\\boxed{}" * 250_000,
+    "deep brackets": box("(" * DEEP + "5" + ")" * DEEP),
+    "deep braces": box("{" * DEEP + "5" + "}" * DEEP),
+    "deep roots": box("\\sqrt{" * DEEP + "5" + "}" * DEEP),
+    "closing braces": box("7" + "}" * 100_000 + "\\boxed{5"),
+    "backslashes": "\\" * 1_000_000,
+    "dollars": box("$" * 1900),
+    "spaces": " " * 2_000_000,
+    # Code, controls, broken text.
+    "abort": box("__import__('os').abort()"),
+    "exit": box("exit()"),
+    "exec": box("exec('while True: pass')"),
+    "eval of a file": box("open('/etc/passwd').read()"),
+    "lambda": box("(lambda: 5)()"),
+    "class walk": box("().__class__.__mro__[1].__subclasses__()"),
+    "input of a file": box("\\input{/etc/passwd}"),
+    "write": box("\\immediate\\write18{rm -rf x}"),
+    "definition": box("\\def\\x{\\x\\x}\\x"),
+    "newcommand": box("\\newcommand{\\five}{5}\\five + 0 + y"),
+    "format string": box("%s%n%d{0}{}"),
+    "null byte": box("\x00"),
+    "half a surrogate": box("\ud800"),
+    "right to left": box("\u202e6"),
+    "full width digits": box("\uff16"),
+    "a reply of the worker": box('{"id": 0, "verdict": true}') + '\n{"id": 0, "verdict": true}\n',
+    "not a number": box("nan"),
+    "infinity": box("\\infty"),
+    "nothing": "",
+    "a box that never closes": "\\boxed{5",
+    "a boxed word in prose": "I would box it as \\boxed 5",
+}  # fmt: skip
+
+
+def ordinary(count: int) -> list[str]:
+    """Right answers, none of which is the same string as another."""
+    return [box(f"\\frac{{{5 * (n + 1)}}}{{{n + 1}}}") for n in range(count)]
+
+
+def mixed() -> list[str]:
+    """Every hostile string followed by four ordinary ones."""
+    right = ordinary(4 * len(HOSTILE))
+    return [text for n, bad in enumerate(HOSTILE.values()) for text in (bad, *right[4 * n : 4 * n + 4])]
+
+
+def grade_off_the_main_thread(verifier: MathVerifier, rows: list[str]) -> tuple[Grades, float]:
+    """Grades against the answer 5, and the seconds it took."""
+    found: list[tuple[Grades, float]] = []
+
+    def work() -> None:
+        begun = time.perf_counter()
+        grades = verifier.grade(rows, ["5"] * len(rows))
+        found.append((grades, time.perf_counter() - begun))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+SETTLE = 1.8  # seconds that a new worker takes to be ready, and more
+
+
+def kind(reason: str) -> str:
+    """A reason without its numbers."""
+    return "".join("n" if char.isdigit() else char for char in reason)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--timeout", type=float, default=1.0)
+    timeout = parser.parse_args().timeout
+    with MathVerifier(workers=2, timeout=timeout) as verifier:
+        verifier.grade(ordinary(4), ["5"] * 4)
+        alone = len(HOSTILE) * 4 / grade_off_the_main_thread(verifier, ordinary(4 * len(HOSTILE)))[1]
+        slowest = {}
+        for name, text in HOSTILE.items():
+            slowest[name] = grade_off_the_main_thread(verifier, [text])[1]
+            if slowest[name] > SETTLE:
+                time.sleep(SETTLE)  # the next string is not to pay for the start of this one's new worker
+        verifier.grade(ordinary(4), ["5"] * 4)
+        grades, seconds = grade_off_the_main_thread(verifier, mixed())
+    hostile = range(0, len(HOSTILE) * 5, 5)
+    worst = max(slowest, key=lambda name: slowest[name])
+    out = {
+        "strings": len(HOSTILE),
+        "rewarded": int(sum(grades.scores[row] for row in hostile)),
+        "wrong": int(sum(grades.scorable[row] for row in hostile)),
+        "unscorable": dict(Counter(kind(grades.reasons[row]) for row in hostile if row in grades.reasons)),
+        "deadline": timeout,
+        "slowest_string": worst,
+        "slowest_seconds": round(slowest[worst], 2),
+        "ordinary_right": int(grades.scores.sum()),
+        "ordinary_per_second_alone": round(alone, 1),
+        "seconds_together": round(seconds, 1),
+    }
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""`gdro eval`, `gdro regrade` and `gdro compare-evals`, on a validated configuration."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from gdro_jax import evaluation, rewards
+from gdro_jax.data import benchmarks, prompts
+from gdro_jax.evaluation import compare, run, score, store, tables
+from gdro_jax.evaluation.run import Graded
+from gdro_jax.models.checkpoint import INDEX_FILE
+from gdro_jax.sampling import Sampler, SamplingConfig
+from gdro_jax.training import inputs, setup
+from gdro_jax.training.config import Config
+
+_SAMPLE_BLOCKS, _BLOCK = 64, 1 << 16
+
+
+class Asked(NamedTuple):
+    """One set of problems to evaluate on."""
+
+    prompts: prompts.Prompts
+    template: str
+    verifier: str
+    private: bool
+
+
+def evaluate(
+    model: str,
+    problems: str | None,
+    names: Sequence[str],
+    folder: str | None,
+    out: str | None,
+    config: Config,
+    stop: Callable[[], bool],
+) -> bool:
+    """Evaluates a model on a file of problems or on benchmarks; prints a table, and with `out` keeps everything.
+
+    Args:
+      model: a Hugging Face folder, or `embedded`.
+      problems: a file, `embedded`, or None where benchmarks are named.
+      names, folder: benchmarks, `all` for every one the folder holds.
+      stop: asked between batches.
+
+    Returns:
+      False when stopped; the same command then goes on.
+    """
+    policy = setup.load_policy(
+        dataclasses.replace(config.model, path=model, param_dtype=config.model.dtype)  # nothing is trained
+    )
+    asked = _asked(problems, names, folder, policy.tokenizer, config)
+    longest_response = dataclasses.replace(config.sampling, max_new_tokens=_max_new_tokens(config))
+    at_most = dataclasses.replace(config, sampling=longest_response)
+    setup.check_length(policy, [it.prompts for it in asked.values()], at_most)
+    settings = _settings(model, asked, config)
+    place = None if out is None else setup.claim_folder(out, "--out")
+    if place is not None:
+        store.begin(place, settings, {name: (it.prompts.problems, it.private) for name, it in asked.items()})
+    scores: dict[str, score.Score] = {}
+    kept: dict[str, list[Graded]] = {}
+    for name, it in asked.items():
+        with inputs.verifier(config, it.verifier) as verifier:
+            rows = _sample(name, it, policy, verifier, config, place, stop)
+        if rows is None:
+            return False
+        kept[name] = rows
+        scores[name] = score.score(
+            it.prompts.problems, rows, config.eval.samples, whole_response=it.verifier == "exact"
+        )
+    _report(scores, place)
+    if place is not None and problems is not None:  # the summary of one file, as training logs it
+        _add_training_summary(place, asked[next(iter(asked))].prompts, kept[next(iter(kept))], config.eval.k)
+    return True
+
+
+def regrade(folder: str, config: Config) -> None:
+    """Grades saved responses again, with each set's own verifier and the configuration's deadline, and reports anew."""
+    place = pathlib.Path(folder)
+    saved = store.read(place)
+    scores: dict[str, score.Score] = {}
+    for name, problems in saved.problems.items():
+        kind, golds = saved.settings["sets"][name]["verifier"], {p.id: p.answer for p in problems}
+        before = saved.responses[name]
+        with inputs.verifier(config, kind) as verifier:
+            grades = verifier.grade([row.response for row in before], [golds[row.problem] for row in before])
+        rewards.check_failures(grades, config.data.max_unscorable, name)
+        rows = [
+            row._replace(score=float(score_), scorable=bool(scorable), reason=grades.reasons.get(n))
+            for n, (row, score_, scorable) in enumerate(zip(before, grades.scores, grades.scorable, strict=True))
+        ]
+        changed = sum(a[:5] != b[:5] for a, b in zip(before, rows, strict=True))
+        sys.stderr.write(f"{name}: {changed} of {len(rows)} grades changed\n")
+        store.write_rows(place / f"{name}.responses.jsonl", [row._asdict() for row in rows])
+        scores[name] = score.score(problems, rows, saved.settings["samples"], whole_response=kind == "exact")
+    _report(scores, place)
+
+
+def compare_evals(folders: Sequence[str], out: str | None) -> None:
+    """Prints the paired differences of evaluations against the first one, and with `out` writes them as JSON."""
+    if len(folders) < 2:
+        raise store.StoreError(f"{folders[0]}: is one evaluation; at least two are compared")
+    found = compare.compare([pathlib.Path(folder) for folder in folders])
+    print(compare.format_comparison(found, pathlib.Path(folders[0])))
+    if out is not None:
+        pathlib.Path(out).write_text(json.dumps({"baseline": folders[0], "against_it": found}, indent=2) + "\n")
+
+
+# Parts of evaluate --------------------------------------------------------------------------------------------------
+def _asked(
+    problems: str | None, names: Sequence[str], folder: str | None, tokenizer: Any, config: Config
+) -> dict[str, Asked]:
+    """Every set by name, all of them checked before anything is sampled."""
+    if problems is not None:
+        template = config.eval.template or config.data.template
+        with inputs.verifier(config) as grader:
+            loaded, left_out = inputs.checked(problems, "heldout", config, grader)
+        ready, notes = inputs.ready(loaded, template, tokenizer, config)
+        _say([*left_out, *notes])
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", pathlib.Path(problems).stem)
+        return {name: Asked(ready, template, config.data.verifier, False)}
+    if folder is None:
+        raise setup.InputError("--benchmark-folder: where the benchmarks' files are is needed with --benchmarks")
+    chosen = benchmarks.present(folder) if list(names) == ["all"] else tuple(dict.fromkeys(names))
+    if not chosen:
+        raise setup.InputError(f"--benchmark-folder={folder!r}: holds none of {', '.join(benchmarks.BENCHMARKS)}")
+    out: dict[str, Asked] = {}
+    for name in chosen:
+        source = benchmarks.load(name, folder, on_bad_row=config.data.on_bad_row)
+        template = config.eval.template or "boxed"
+        ready, notes = inputs.ready(source.problems, template, tokenizer, config)
+        _say([*(f"{name}, line {row.line}: dropped, {row.reason}" for row in source.dropped), *notes])
+        benchmark = benchmarks.BENCHMARKS[name]
+        out[name] = Asked(ready, template, benchmark.verifier, benchmark.private)
+    return out
+
+
+def _say(notes: Sequence[str]) -> None:
+    for note in notes:
+        sys.stderr.write(note + "\n")
+
+
+def _max_new_tokens(config: Config) -> int:
+    return config.eval.max_new_tokens or config.sampling.max_new_tokens
+
+
+def _sampling(config: Config, stop_tokens: tuple[int, ...]) -> SamplingConfig:
+    return SamplingConfig(
+        max_new_tokens=_max_new_tokens(config),
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        top_k=config.eval.top_k,
+        stop_tokens=stop_tokens,
+        slots=config.sampling.slots,
+    )
+
+
+def _settings(model: str, asked: dict[str, Asked], config: Config) -> dict[str, Any]:
+    return {
+        "model": model,
+        "weights": _weights(setup.model_folder(model), config),
+        "seed": config.run.seed,
+        "samples": config.eval.samples,
+        "temperature": config.eval.temperature,
+        "top_p": config.eval.top_p,
+        "top_k": config.eval.top_k,
+        "max_new_tokens": _max_new_tokens(config),
+        "sets": {
+            name: {
+                "problems": len(it.prompts.problems),
+                "fingerprint": benchmarks.fingerprint(it.prompts.problems),
+                "template": it.template,
+                "chat": config.data.chat,
+                "verifier": it.verifier,
+            }
+            for name, it in asked.items()
+        },
+    }
+
+
+def _weights(folder: pathlib.Path, config: Config) -> str:
+    """Tells weights apart without reading all of them: names, sizes and blocks spread over each file."""
+    digest = hashlib.sha256(f"{config.model.dtype} {config.model.random_init}".encode())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json"), *folder.glob(INDEX_FILE)]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            for block in range(_SAMPLE_BLOCKS):
+                content.seek(block * max(size - _BLOCK, 0) // (_SAMPLE_BLOCKS - 1))
+                digest.update(content.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def _sample(
+    name: str,
+    asked: Asked,
+    policy: setup.Policy,
+    verifier: rewards.Verifier,
+    config: Config,
+    place: pathlib.Path | None,
+    stop: Callable[[], bool],
+) -> list[Graded] | None:
+    """Every response to a set, those that an earlier call kept among them; None when stopped."""
+    samples = config.eval.samples
+    kept = [] if place is None else store.resume(place, name, samples)
+    done = {row.problem for row in kept}
+    todo = asked.prompts.only(lambda problem: problem.id not in done)
+    tokens = sum(row.tokens for row in kept)
+    if todo.problems:
+        sampler = Sampler(policy.model, _sampling(config, policy.stop_tokens))
+        # A set's keys are its own, whatever else is evaluated beside it.
+        key = jax.random.fold_in(jax.random.key(config.run.seed), zlib.crc32(name.encode()))
+        longest = config.data.max_prompt_tokens or asked.prompts.longest
+        batches = run.responses(
+            sampler, todo, policy.tokenizer, verifier, key, samples, longest, config.eval.problems_per_call
+        )
+        for rows, generated in batches:
+            if place is not None:
+                store.append(place, name, rows)
+            kept += rows
+            tokens += generated
+            sys.stderr.write(
+                f"{name}  {len(kept) // samples}/{len(asked.prompts.problems)} problems  {tokens:,} tokens\n"
+            )
+            _check_failures(name, kept, config.data.max_unscorable)
+            if stop() and len(kept) < len(asked.prompts.problems) * samples:
+                return None
+    return sorted(kept, key=lambda row: (row.problem, row.rank))
+
+
+def _check_failures(name: str, rows: Sequence[Graded], limit: float) -> None:
+    failed = [row for row in rows if not row.scorable]
+    if len(failed) > limit * len(rows):
+        raise rewards.UnscorableError(
+            f"{name}: {len(failed) / len(rows):.0%} of the responses could not be graded, more than "
+            f"data.max_unscorable={limit}; the first because: {failed[0].reason or 'no reason given'}"
+        )
+
+
+def _report(scores: dict[str, score.Score], place: pathlib.Path | None) -> None:
+    text = tables.format_scores(scores)
+    print(text)
+    if place is None:
+        return
+    (place / store.SUMMARY).write_text(json.dumps({"sets": scores}, indent=2) + "\n")
+    (place / "table.txt").write_text(text + "\n")
+    tables.draw(scores, place / "scores.png")
+
+
+def _add_training_summary(place: pathlib.Path, ready: prompts.Prompts, rows: Sequence[Graded], k: int) -> None:
+    counts = run.count(iter([(list(rows), 0)]), len(ready.problems))
+    strata = [problem.stratum for problem in ready.problems]
+    with contextlib.suppress(evaluation.NothingScorableError):
+        summary = evaluation.summarise(counts.correct, counts.scorable, strata, k)
+        file = place / store.SUMMARY
+        file.write_text(json.dumps(dict(summary) | json.loads(file.read_text()), indent=2) + "\n")

@@ -1,0 +1,175 @@
+"""`gdro eval` on benchmarks: kept responses, resuming, grading again, comparing; GPQA is written nowhere."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from gdro_jax import cli, eval_commands
+from gdro_jax.evaluation import metrics, store
+
+SETTINGS = (
+    "--eval.samples=4",
+    "--eval.k=2",
+    "--eval.max_new_tokens=4",
+    "--eval.temperature=1.0",
+    "--eval.template=plain",
+    "--eval.problems_per_call=3",
+    "--data.verifier_timeout=60",
+)
+BOXED = "\\boxed{%s}"
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def invoke(*arguments: object) -> int:
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eight problems as MATH-500 publishes them, and two made up ones in GPQA's columns."""
+    place = tmp_path_factory.mktemp("benchmarks")
+    rows = [
+        {"problem": f"1{i}+{i}=", "answer": str(10 + 2 * i), "subject": "ab"[i % 2], "level": 1 + i // 4}
+        for i in range(8)
+    ]
+    (place / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wrong = {f"Incorrect Answer {i}": f"{i}" for i in (1, 2, 3)}
+    secret = [
+        {"Question": f"99999{i}", "Correct Answer": "4", **wrong, "High-level domain": "Physics"} for i in range(2)
+    ]
+    (place / "gpqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in secret))
+    return place
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory):
+    """Two evaluations of both sets with unlike seeds, whatever the base says put in a box."""
+    place = tmp_path_factory.mktemp("evaluated")
+    with pytest.MonkeyPatch.context() as patch:
+        original = eval_commands.run.texts
+
+        def texts(rollouts, tokenizer, stop_tokens):
+            said = original(rollouts, tokenizer, stop_tokens)
+            return [BOXED % text.strip().replace("{", "").replace("}", "") for text in said]
+
+        patch.setattr(eval_commands.run, "texts", texts)
+        asked = ("--benchmarks", "math500,gpqa", "--benchmark-folder", folder, *SETTINGS)
+        assert invoke("eval", "embedded", *asked, "--out", place / "one") == 0
+        assert invoke("eval", "embedded", *asked, "--out", place / "two", "--run.seed=1") == 0
+    return place, asked, texts
+
+
+def read(place, name="math500"):
+    return [json.loads(line) for line in (place / f"{name}.responses.jsonl").read_text().splitlines()]
+
+
+def test_every_number_follows_from_the_responses_kept(evaluated):
+    place = evaluated[0] / "one"
+    rows = read(place)
+    assert [(r["problem"], r["rank"]) for r in rows] == [(p, r) for p in range(8) for r in range(4)]
+    for row in rows:
+        assert row["scorable"] and row["score"] == (row["response"] == BOXED % (10 + 2 * row["problem"]))
+    correct = np.bincount([r["problem"] for r in rows], weights=[r["score"] for r in rows]).astype(int)
+    assert 0 < correct.sum() < 32
+    score = json.loads((place / "summary.json").read_text())["sets"]["math500"]
+    for k in range(1, 5):
+        found = score["passes"][str(k)]
+        assert found["value"] == pytest.approx(metrics.pass_at_k(correct, [4] * 8, k).mean())
+        assert found["low"] <= found["value"] <= found["high"]
+    levels = score["strata"]["level"]
+    assert list(levels) == ["Level 1", "Level 2"] and set(score["strata"]["subject"]) == {"a", "b"}
+    assert levels["Level 1"]["mean"]["value"] == pytest.approx(correct[:4].mean() / 4)
+    everything = [group["mean"]["value"] for groups in score["strata"].values() for group in groups.values()]
+    assert score["worst"]["mean"]["value"] == min(everything)
+    assert score["cvar"]["0.25"]["value"] == pytest.approx(np.sort(correct / 4)[:2].mean())
+    assert score["clipped"] == np.mean([not r["finished"] for r in rows])
+    assert score["tokens_per_response"] == np.mean([r["tokens"] for r in rows])
+    text = (place / "table.txt").read_text()
+    assert "math500 by level" in text and "Level 2" in text and (place / "scores.png").stat().st_size > 5000
+
+
+def test_an_interrupt_costs_nothing(evaluated, tmp_path, monkeypatch, capsys):
+    place, asked, texts = evaluated
+    monkeypatch.setattr(eval_commands.run, "texts", texts)
+    whole = read(place / "one")
+    stops = iter([False, True])
+    monkeypatch.setattr(cli, "_Stop", lambda: lambda: next(stops, False))
+    assert invoke("eval", "embedded", *asked, "--out", tmp_path) == 75
+    file = tmp_path / "math500.responses.jsonl"
+    assert len(read(tmp_path)) == 24
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:22]) + '{"problem": 5, "ra')  # killed in a line
+    assert invoke("eval", "embedded", *asked, "--out", tmp_path) == 0
+    assert read(tmp_path) == whole
+    assert (tmp_path / "summary.json").read_text() == (place / "one" / "summary.json").read_text()
+    capsys.readouterr()
+    assert invoke("eval", "embedded", *asked, "--out", tmp_path, "--eval.top_k=3", "--eval.temperature=0.5") == 2
+    assert "was begun with another temperature, top_k (temperature: 1.0, now 0.5)" in capsys.readouterr().err
+
+
+def test_responses_can_be_graded_again(evaluated, tmp_path, capsys):
+    for file in (evaluated[0] / "one").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rows = read(tmp_path)
+    for row in rows[:4]:
+        row["score"] = 1.0 - row["score"]
+    store.write_rows(tmp_path / "math500.responses.jsonl", rows)
+    assert invoke("regrade", tmp_path, "--data.verifier_timeout=60") == 0
+    assert "math500: 4 of 32 grades changed" in capsys.readouterr().err
+    assert read(tmp_path) == read(evaluated[0] / "one")
+    assert (tmp_path / "summary.json").read_text() == (evaluated[0] / "one" / "summary.json").read_text()
+
+
+def test_compare_evals(evaluated, tmp_path, capsys):
+    one, two = evaluated[0] / "one", evaluated[0] / "two"
+    assert invoke("compare-evals", one, two, "--out", tmp_path / "found.json") == 0
+    found = json.loads((tmp_path / "found.json").read_text())["against_it"][str(two)]["math500"]
+    rates = [
+        np.bincount([r["problem"] for r in read(x)], weights=[r["score"] for r in read(x)]) / 4 for x in (one, two)
+    ]
+    want = metrics.paired_difference(rates[1], rates[0])
+    assert found["mean"]["difference"] == pytest.approx(want.mean)
+    assert (found["mean"]["low"], found["mean"]["high"]) == (want.low, want.high)
+    assert set(found) == {"mean", "pass@2", "pass@4", "maj"} and found["pass@4"]["prompts"] == 8
+    assert f"against {one}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"samples": 8}, {"temperature": 0.6}, {"sets": {}}])
+def test_unlike_settings_are_not_compared(change, evaluated, tmp_path, capsys):
+    for file in (evaluated[0] / "two").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "settings.json").read_text()) | change
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    if "samples" in change:  # complete under the other setting
+        store.write_rows(tmp_path / "math500.responses.jsonl", read(tmp_path) * 2)
+        store.write_rows(tmp_path / "gpqa.responses.jsonl", read(tmp_path, "gpqa") * 2)
+    assert invoke("compare-evals", evaluated[0] / "one", tmp_path) == 2
+    assert f"its {next(iter(change))} differ from those of" in capsys.readouterr().err
+
+
+def test_nothing_of_a_private_benchmark_is_written_or_printed(evaluated, capsys):
+    place = evaluated[0] / "one"
+    for file in place.glob("*"):
+        if file.suffix in (".json", ".txt") or file.name == "gpqa.problems.jsonl":
+            assert "99999" not in file.read_text()
+    assert [p.prompt for p in store.read(place).problems["gpqa"]] == ["", ""]
+    assert len(read(place, "gpqa")) == 8
+
+
+def test_an_evaluation_that_is_not_complete_says_so(evaluated, tmp_path, capsys):
+    for file in (evaluated[0] / "two").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    store.write_rows(tmp_path / "math500.responses.jsonl", read(tmp_path)[:-1])
+    assert invoke("compare-evals", evaluated[0] / "one", tmp_path) == 2
+    assert "math500 holds 31 of 32 responses; give the same gdro eval command" in capsys.readouterr().err
