@@ -6,6 +6,7 @@ left out of pass@k alone; one with none is left out altogether and counted.
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -137,7 +138,7 @@ def score(problems: Sequence[Problem], rows: Sequence[Graded], samples: int, *, 
         "mean": _mean(mean[some]),
         "passes": {str(k + 1): value for k, value in enumerate(intervals) if value is not None},
         "majority": _mean(graded.majority[some]),
-        "cvar": {f"{share:g}": _value(bootstrap(mean[some], lambda x, s=share: _cvars(x, s))[0]) for share in TAILS},
+        "cvar": {f"{share:g}": _value(bootstrap(mean[some], partial(_cvars, share=share))[0]) for share in TAILS},
         "strata": {kind: groups for kind, groups in strata.items() if groups},
         "worst": _worst(strata),
     }

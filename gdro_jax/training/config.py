@@ -14,6 +14,10 @@ def _check(ok: bool, section: str, field: str, value: object, allowed: str) -> N
         raise ValueError(f"{section}.{field}={value!r}: must be {allowed}")
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where, how long and with what seed.
@@ -136,7 +140,7 @@ class DataConfig:
         ok = self.contamination in ("report", "drop", "refuse", None)
         _check(ok, "data", "contamination", self.contamination, "report, drop, refuse or null")
         shares = [] if self.mixture is None else list(self.mixture.values())
-        ok = self.mixture is None or (bool(shares) and all(type(s) in (int, float) and 0 < s < 1e9 for s in shares))
+        ok = self.mixture is None or (bool(shares) and all(_is_share(s) for s in shares))
         _check(ok, "data", "mixture", self.mixture, "names of sets with positive shares, or null")
         ok = self.mixture is None or self.loader == "grain"
         _check(ok, "data", "loader", self.loader, "grain with data.mixture")
