@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gdro_jax.rewards import numbers
+from gdro_jax.rewards import plain_numbers
 from gdro_jax.rewards.boxed import AnswerTooLong, last_boxed
 from gdro_jax.rewards.verifier import Grades, check_lengths, grades_of
 
@@ -61,11 +61,11 @@ class NumericVerifier(_BoxVerifier):
     """Right if the box holds the gold number, to a relative 1e-6 or as near as ``4.2 within 0.1`` says."""
 
     def _verdict(self, given: str, answer: object) -> bool | str:
-        wanted = numbers.target(answer) if isinstance(answer, str) else None
+        wanted = plain_numbers.target(answer) if isinstance(answer, str) else None
         if wanted is None:
             return "the gold answer is not a number"
-        number = numbers.read(given.partition(" within ")[0])
-        return number is not None and numbers.meets(wanted, number)
+        number = plain_numbers.read(given.partition(" within ")[0])
+        return number is not None and plain_numbers.meets(wanted, number)
 
 
 class ChoiceVerifier(_BoxVerifier):

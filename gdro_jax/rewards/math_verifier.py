@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gdro_jax.rewards import numbers
+from gdro_jax.rewards import plain_numbers
 from gdro_jax.rewards.boxed import MAX_ANSWER_CHARS, AnswerTooLong, last_boxed, nesting_depth
 from gdro_jax.rewards.verifier import Grades, check_lengths, grades_of
 from gdro_jax.rewards.worker_pool import WorkerPool
@@ -99,10 +99,10 @@ def _plan(response: object, answer: object) -> Pair | bool | str:
     if gold is None:
         return "the gold answer is not a non-empty string"
     given = "" if given is None else given.strip()
-    wanted = numbers.target(gold) if " within " in gold else None
+    wanted = plain_numbers.target(gold) if " within " in gold else None
     if wanted is not None:
-        number = numbers.read(given)
-        return number is not None and numbers.meets(wanted, number)
+        number = plain_numbers.read(given)
+        return number is not None and plain_numbers.meets(wanted, number)
     if not given or given == gold:
         return given == gold
     if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold):
@@ -116,8 +116,8 @@ def _plan(response: object, answer: object) -> Pair | bool | str:
 
 def _same_number(gold: str, given: str) -> bool:
     """Whether both are plain numbers, and equal: spellings that math-verify does not know, such as ``1e3``."""
-    wanted = numbers.read(gold, units=False)
-    return wanted is not None and wanted == numbers.read(given, units=False)
+    wanted = plain_numbers.read(gold, units=False)
+    return wanted is not None and wanted == plain_numbers.read(given, units=False)
 
 
 def _checked(answer: object) -> Pair | bool | str:
@@ -130,7 +130,7 @@ def _checked(answer: object) -> Pair | bool | str:
         return "the gold answer is not a non-empty string"
     if nesting_depth(gold) > MAX_DEPTH:
         return f"the answer is nested deeper than {MAX_DEPTH}"
-    plain = _INTEGER.fullmatch(gold) or (" within " in gold and numbers.target(gold))
+    plain = _INTEGER.fullmatch(gold) or (" within " in gold and plain_numbers.target(gold))
     return True if plain else Pair(gold, gold)
 
 

@@ -52,10 +52,10 @@ def test_dtypes_and_shapes_with_no_row_too() -> None:
 
 
 def test_make_by_name() -> None:
-    assert rewards.names() == ("exact", "math")
+    assert rewards.names() == ("exact", "math", "numeric", "choice")
     with rewards.make("exact", workers=1, timeout=1.0) as verifier:
         assert verifier.grade(["1"], ["1"]).scores.tolist() == [1.0]
-    with pytest.raises(ValueError, match=r"verifier: 'mth' is unknown.*exact, math; did you mean 'math'"):
+    with pytest.raises(ValueError, match=r"verifier: 'mth' is unknown.*exact, math, numeric.*did you mean 'math'"):
         rewards.make("mth")
     with pytest.raises(ValueError, match="timeout: 0"):
         rewards.make("math", timeout=0)

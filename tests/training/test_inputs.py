@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gdro_jax.data.sources import DataError
-from gdro_jax.training import inputs, setup
+from gdro_jax.training import inputs, loop, setup
 from gdro_jax.training.ledger import Clock
 
 
@@ -106,3 +106,11 @@ def test_rewards_are_shaped_and_grades_are_not(configure, launch):
     full = step.rollouts.mask.sum(axis=1) == 3
     assert full.any() and set(step.grades.scores.tolist()) <= {0.0, 1.0}
     np.testing.assert_allclose(step.shaped, step.grades.scores - 0.5 * full)
+
+
+def test_a_box_is_rewarded_if_asked(configure, launch, monkeypatch):
+    """Every other response has a box: 0.25 more each, whatever its grade."""
+    said = [f"\\boxed{{{row}}}" if row % 2 else f"{row}" for row in range(24)]
+    monkeypatch.setattr(loop.evaluation, "texts", lambda *args: said)
+    step = launch(configure("run.steps=1", "reward.format_reward=0.25"))._collect(Clock())
+    np.testing.assert_allclose(step.shaped - step.grades.scores, [0.0, 0.25] * 12)

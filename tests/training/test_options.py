@@ -41,6 +41,17 @@ SHOWN = {
     "data.chat": HERE + "chat",
     "data.max_prompt_tokens": HERE + "overlong_prompts",
     "data.overlong": HERE + "overlong_prompts",
+    "data.gold_check": "training/test_inputs.py::test_gold_answers_are_checked_and_named_by_line",
+    "data.contamination": "training/test_inputs.py::test_duplicates_and_overlaps_are_reported_dropped_or_refused",
+    "data.benchmarks": "training/test_inputs.py::test_duplicates_and_overlaps_are_reported_dropped_or_refused",
+    "data.mixture": "training/test_inputs.py::test_a_mixture_of_files_and_tasks",
+    "data.loader": "training/test_inputs.py::test_a_mixture_of_files_and_tasks",
+    "reward.overlong_buffer": "training/test_inputs.py::test_rewards_are_shaped_and_grades_are_not",
+    "reward.overlong_penalty": "training/test_inputs.py::test_rewards_are_shaped_and_grades_are_not",
+    "reward.format_reward": "training/test_inputs.py::test_a_box_is_rewarded_if_asked",
+    "eval.max_new_tokens": HERE + "evaluation_options",
+    "eval.template": HERE + "evaluation_options",
+    "eval.problems_per_call": HERE + "evaluation_options",
     "data.verifier": HERE + "verifier_options",
     "data.verifier_workers": HERE + "verifier_options",
     "data.verifier_timeout": HERE + "verifier_options",
@@ -233,8 +244,9 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     rows = [{"prompt": f"{i}=", "answer": str(i), "stratum": "ab"[i % 2]} for i in range(6)]
     asked = {}
 
-    def responses(sampler, prompts, tokenizer, verifier, key, samples, length, **more):
+    def responses(sampler, prompts, tokenizer, verifier, key, samples, length, per_call):
         asked.update(sampler=sampler.config, ids=[p.id for p in prompts.problems], samples=samples, key=key)
+        asked.update(per_call=per_call, prompt=tokenizer.decode(prompts.tokens[0]))
         yield (
             [Graded(p.id, rank, "", float(rank == 0), True, True) for p in prompts.problems for rank in range(samples)],
             7,
@@ -242,6 +254,7 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.evaluation, "responses", responses)
     settings = {"temperature": 0.6, "top_p": 0.8, "top_k": 20, "samples": 4, "k": 2, "problems_per_stratum": 1}
+    settings |= {"max_new_tokens": 4, "template": "Q {problem}", "problems_per_call": 3}
     eval_settings = [f"eval.{name}={value}" for name, value in settings.items()]
     trainer = launch(configure(*eval_settings, f"eval.data={problems_file(tmp_path, rows)}", "sampling.slots=5"))
     summaries, count = trainer._evaluator("model", "key", final=False)
@@ -249,7 +262,8 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     assert asked["ids"] == [0, 1] and asked["samples"] == 4 and count == 8
     sampler = asked["sampler"]
     assert (sampler.temperature, sampler.top_p, sampler.top_k) == (0.6, 0.8, 20)
-    assert (sampler.max_new_tokens, sampler.slots, sampler.stop_tokens) == (3, 5, (1,))
+    assert (sampler.max_new_tokens, sampler.slots, sampler.stop_tokens) == (4, 5, (1,))
+    assert asked["per_call"] == 3 and asked["prompt"] == "Q 0="
     assert some["k"] == 2 and some["overall"]["mean"] == 0.25 and some["overall"]["pass"] == pytest.approx(0.5)
     assert "mean_interval" not in some["overall"] and some["tokens"] == 7 and set(summaries) == {"eval"}
     final, count = trainer._evaluator("model", "key", final=True)
