@@ -2,7 +2,9 @@
 
 B bins, A arms, S = budget + 1 amounts spent. The three solvers share one forward `lax.scan` over bins whose carry
 holds, for every amount spent so far, the best (`max`) or total (`logsumexp`) log-probability of spending it; a second
-scan goes back from the budget. Source of the problem: arXiv 2601.19280, the constrained selection of Rollout-GDRO (its
+scan goes back from the budget. An arm of probability 0 is a last resort: choices are ranked by how few of them they
+hold first, by the probability of their other arms second. The probabilities of the rest may span any range that float32 sums of their logs
+resolve (logs beyond 1e6 swamp differences of 0.1). Source of the problem: arXiv 2601.19280, the constrained selection of Rollout-GDRO (its
 dynamic programme); drawing from the budget-conditioned distribution, and its exact marginals, are this project's.
 
 Real-valued and per-prompt allocation (`square_root_law`, `round_to_budget`) live in `square_root.py`.
@@ -20,14 +22,22 @@ from gdro_jax.controllers import _checks
 from gdro_jax.controllers.square_root import round_to_budget as round_to_budget
 from gdro_jax.controllers.square_root import square_root_law as square_root_law
 
-_IMPOSSIBLE = -1e30  # log-probability of an arm of probability 0: taken only if nothing else meets the budget
+_IMPOSSIBLE = -1e30  # an arm whose log-probability is this far below its bin's largest has probability 0
 
 
 class Problem(NamedTuple):
     """A budget problem with its empty bins settled on the first arm."""
 
-    log_probs: jax.Array  # float32[B, A], the largest of each row 0, clipped below at _IMPOSSIBLE
+    log_probs: jax.Array  # float32[B, A], the largest of each row 0, and 0 for arms of probability 0
+    impossible: jax.Array  # float32[B, A], 1 for arms of probability 0: taken only if nothing else meets the budget
     costs: jax.Array  # int32[B, A], rollouts that an arm of a bin takes, at most S
+
+
+class Reach(NamedTuple):
+    """The choices that spend each amount, best first by rank: float32[S] each, -inf where there are none."""
+
+    rank: jax.Array  # minus the number of arms of probability 0
+    logs: jax.Array  # best or total log-probability of the other arms, over the choices of that rank
 
 
 class Solution(NamedTuple):
@@ -78,15 +88,18 @@ def marginals(log_probs: ArrayLike, bin_counts: ArrayLike, arms: ArrayLike, budg
 @jax.jit
 def _marginals(problem: Problem, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
     before, total = _forward(problem, ends.shape[0], "logsumexp")
-    spent = jnp.where(jnp.isfinite(jnp.max(total + ends)), jnp.argmax(ends), -1)
+    spent = jnp.where(jnp.isfinite(jnp.max(_finished(total, ends))), jnp.argmax(ends), -1)
 
-    def back(after: jax.Array, item: tuple[jax.Array, Problem]) -> tuple[jax.Array, jax.Array]:
+    def back(after: Reach, item: tuple[Reach, Problem]) -> tuple[Reach, jax.Array]:
         reach, row = item
         rest = _ahead(after, row.costs)
-        joint = [jax.nn.logsumexp(reach + values) for values in rest]
-        return _combine(rest, row.log_probs, "logsumexp"), jnp.stack(joint) + row.log_probs
+        joint = _best_rank(
+            jnp.stack([jnp.max(reach.rank + values.rank) for values in rest]) - row.impossible,
+            jnp.stack([_log_total(reach, values) for values in rest]) + row.log_probs,
+        )
+        return _combine(rest, row, "logsumexp"), joint
 
-    _, log_joint = jax.lax.scan(back, ends, (before, problem), reverse=True)
+    _, log_joint = jax.lax.scan(back, _ending(ends), (before, problem), reverse=True)
     return jax.nn.softmax(log_joint, axis=1), spent
 
 
@@ -96,11 +109,14 @@ def make_problem(log_probs: ArrayLike, bin_counts: jax.Array, arms: jax.Array, b
         jnp.asarray(log_probs).astype(jnp.float32), nan=-jnp.inf, neginf=-jnp.inf, posinf=-_IMPOSSIBLE
     )
     best_log = jnp.max(logs, axis=1, keepdims=True)
-    logs = jnp.maximum(logs - jnp.maximum(best_log, _IMPOSSIBLE), _IMPOSSIBLE)
+    logs = logs - jnp.maximum(best_log, _IMPOSSIBLE)
+    impossible = logs <= _IMPOSSIBLE
     settled = jnp.full(arms.shape, -jnp.inf, jnp.float32).at[0].set(0.0)
     empty = bin_counts[:, None] <= 0
+    impossible = impossible & ~empty
     costs = jnp.minimum(bin_counts[:, None] * arms[None, :], budget + 1)
-    return Problem(jnp.where(empty, settled[None, :], logs), jnp.where(empty, 0, costs))
+    logs = jnp.where(empty, settled[None, :], jnp.where(impossible, 0.0, logs))
+    return Problem(logs, impossible.astype(jnp.float32), jnp.where(empty, 0, costs))
 
 
 def only(budget: int) -> jax.Array:
@@ -112,15 +128,16 @@ def only(budget: int) -> jax.Array:
 def best(problem: Problem, ends: jax.Array) -> Solution:
     """The most probable arms; `ends` float32[S] are log-weights of the total spent (-inf: not allowed)."""
     before, total = _forward(problem, ends.shape[0], "max")
-    spent = jnp.argmax(total + ends).astype(jnp.int32)
+    finished = _finished(total, ends)
+    spent = jnp.argmax(finished).astype(jnp.int32)
 
-    def back(left: jax.Array, item: tuple[jax.Array, Problem]) -> tuple[jax.Array, jax.Array]:
+    def back(left: jax.Array, item: tuple[Reach, Problem]) -> tuple[jax.Array, jax.Array]:
         reach, row = item
         arm = jnp.argmax(_candidates(reach, row, left)).astype(jnp.int32)
         return left - row.costs[arm], arm
 
     left, arms = jax.lax.scan(back, spent, (before, problem), reverse=True)
-    feasible = jnp.isfinite(jnp.max(total + ends)) & (left == 0)
+    feasible = jnp.isfinite(jnp.max(finished)) & (left == 0)
     return Solution(arms, jnp.zeros(arms.shape, jnp.float32), jnp.where(feasible, spent, -1))
 
 
@@ -130,64 +147,93 @@ def draw(key: jax.Array, problem: Problem, ends: jax.Array) -> Solution:
     before, total = _forward(problem, ends.shape[0], "logsumexp")
     num_bins = problem.costs.shape[0]
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(num_bins + 1, dtype=jnp.uint32))
-    spent = jax.random.categorical(keys[num_bins], total + ends).astype(jnp.int32)
-    evidence = jax.nn.logsumexp(total + ends)
+    finished = _finished(total, ends)
+    spent = jax.random.categorical(keys[num_bins], finished).astype(jnp.int32)
+    evidence = jax.nn.logsumexp(finished)
 
     def back(
-        carry: tuple[jax.Array, jax.Array], item: tuple[jax.Array, Problem, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        carry: tuple[jax.Array, Reach], item: tuple[Reach, Problem, jax.Array]
+    ) -> tuple[tuple[jax.Array, Reach], tuple[jax.Array, jax.Array]]:
         left, after = carry
         reach, row, bin_key = item
         arm = jax.random.categorical(bin_key, _candidates(reach, row, left)).astype(jnp.int32)
         rest = _ahead(after, row.costs[arm][None])[0]
-        log_marginal = jax.nn.logsumexp(reach + rest) + row.log_probs[arm] - evidence
-        return (left - row.costs[arm], _combine(_ahead(after, row.costs), row.log_probs, "logsumexp")), (
+        log_marginal = _log_total(reach, rest) + row.log_probs[arm] - evidence
+        return (left - row.costs[arm], _combine(_ahead(after, row.costs), row, "logsumexp")), (
             arm,
             jnp.minimum(log_marginal, 0.0),
         )
 
-    (left, _), (arms, logs) = jax.lax.scan(back, (spent, ends), (before, problem, keys[:num_bins]), reverse=True)
+    start = (spent, _ending(ends))
+    (left, _), (arms, logs) = jax.lax.scan(back, start, (before, problem, keys[:num_bins]), reverse=True)
     return Solution(arms, logs, jnp.where(jnp.isfinite(evidence) & (left == 0), spent, -1))
 
 
-def _forward(problem: Problem, size: int, how: Literal["max", "logsumexp"]) -> tuple[jax.Array, jax.Array]:
-    """Log-value of every amount spent before each bin, float32[B, S], and after all of them, float32[S]."""
+def _forward(problem: Problem, size: int, how: Literal["max", "logsumexp"]) -> tuple[Reach, Reach]:
+    """What reaches every amount spent before each bin, [B, S] a leaf, and after all of them."""
 
-    def step(reach: jax.Array, row: Problem) -> tuple[jax.Array, jax.Array]:
-        return _combine(_behind(reach, row.costs), row.log_probs, how), reach
+    def step(reach: Reach, row: Problem) -> tuple[Reach, Reach]:
+        return _combine(_behind(reach, row.costs), row, how), reach
 
     nothing_spent = jnp.full(size, -jnp.inf, jnp.float32).at[0].set(0.0)
-    total, before = jax.lax.scan(step, nothing_spent, problem)
+    total, before = jax.lax.scan(step, Reach(nothing_spent, nothing_spent), problem)
     return before, total
 
 
-def _behind(values: jax.Array, costs: jax.Array) -> list[jax.Array]:
-    """values[s - cost] for every s, -inf before the start, one float32[S] per arm."""
-    size = values.shape[0]
-    padded = jnp.concatenate([jnp.full(size, -jnp.inf, jnp.float32), values])
-    return [jax.lax.dynamic_slice(padded, (size - costs[arm],), (size,)) for arm in range(costs.shape[0])]
+def _ending(ends: jax.Array) -> Reach:
+    """The amounts allowed, as what comes after the last bin."""
+    return Reach(jnp.where(jnp.isfinite(ends), 0.0, -jnp.inf), ends)
 
 
-def _ahead(values: jax.Array, costs: jax.Array) -> list[jax.Array]:
-    """values[s + cost] for every s, -inf past the end, one float32[S] per arm."""
-    size = values.shape[0]
-    padded = jnp.concatenate([values, jnp.full(size, -jnp.inf, jnp.float32)])
-    return [jax.lax.dynamic_slice(padded, (costs[arm],), (size,)) for arm in range(costs.shape[0])]
+def _finished(total: Reach, ends: jax.Array) -> jax.Array:
+    """Log-value of every total spent that is allowed and of the best rank, float32[S]."""
+    return _best_rank(total.rank + _ending(ends).rank, total.logs + ends)
 
 
-def _combine(shifted: list[jax.Array], log_probs: jax.Array, how: Literal["max", "logsumexp"]) -> jax.Array:
-    terms = [values + log_probs[arm] for arm, values in enumerate(shifted)]
+def _log_total(reach: Reach, rest: Reach) -> jax.Array:
+    """Log of the total probability of joining what reaches an amount to what follows it, at the best rank."""
+    return jax.nn.logsumexp(_best_rank(reach.rank + rest.rank, reach.logs + rest.logs))
+
+
+def _best_rank(rank: jax.Array, logs: jax.Array) -> jax.Array:
+    return jnp.where(rank == jnp.max(rank), logs, -jnp.inf)
+
+
+def _behind(reach: Reach, costs: jax.Array) -> list[Reach]:
+    """The values at s - cost for every s, -inf before the start, one Reach per arm."""
+    size = reach.logs.shape[0]
+    padded = [jnp.concatenate([jnp.full(size, -jnp.inf, jnp.float32), leaf]) for leaf in reach]
+    starts = [size - costs[arm] for arm in range(costs.shape[0])]
+    return [Reach(*(jax.lax.dynamic_slice(leaf, (start,), (size,)) for leaf in padded)) for start in starts]
+
+
+def _ahead(reach: Reach, costs: jax.Array) -> list[Reach]:
+    """The values at s + cost for every s, -inf past the end, one Reach per arm."""
+    size = reach.logs.shape[0]
+    padded = [jnp.concatenate([leaf, jnp.full(size, -jnp.inf, jnp.float32)]) for leaf in reach]
+    starts = [costs[arm] for arm in range(costs.shape[0])]
+    return [Reach(*(jax.lax.dynamic_slice(leaf, (start,), (size,)) for leaf in padded)) for start in starts]
+
+
+def _combine(shifted: list[Reach], row: Problem, how: Literal["max", "logsumexp"]) -> Reach:
+    ranks = [values.rank - row.impossible[arm] for arm, values in enumerate(shifted)]
+    top = reduce(jnp.maximum, ranks)
+    terms = [
+        jnp.where(rank == top, values.logs + row.log_probs[arm], -jnp.inf)
+        for arm, (rank, values) in enumerate(zip(ranks, shifted, strict=True))
+    ]
     peak = reduce(jnp.maximum, terms)
     if how == "max":
-        return peak
+        return Reach(top, peak)
     base = jnp.where(jnp.isfinite(peak), peak, 0.0)
-    return base + jnp.log(reduce(operator.add, [jnp.exp(term - base) for term in terms]))
+    return Reach(top, base + jnp.log(reduce(operator.add, [jnp.exp(term - base) for term in terms])))
 
 
-def _candidates(reach: jax.Array, row: Problem, left: jax.Array) -> jax.Array:
-    """Log-value of each arm as the last step to `left` spent, float32[A]."""
+def _candidates(reach: Reach, row: Problem, left: jax.Array) -> jax.Array:
+    """Log-value of each arm of the best rank as the last step to `left` spent, float32[A]."""
     start = left - row.costs
-    return jnp.where(start >= 0, reach[jnp.maximum(start, 0)], -jnp.inf) + row.log_probs
+    rank, logs = (jnp.where(start >= 0, leaf[jnp.maximum(start, 0)], -jnp.inf) for leaf in reach)
+    return _best_rank(rank - row.impossible, logs + row.log_probs)
 
 
 def _checked(
@@ -203,7 +249,10 @@ def _checked(
     if amount < 0:
         raise _checks.reject("budget", amount, "an integer >= 0")
     counts = _checks.int_vector("bin_counts", bin_counts, shape[0])
-    return counts, _checks.int_vector("arms", arms, shape[1]), amount
+    numbers = _checks.int_vector("arms", arms, shape[1])
+    if not isinstance(numbers, jax.core.Tracer) and int(jnp.min(numbers)) < 0:
+        raise _checks.reject("arms", numbers.tolist(), "counts >= 0")
+    return counts, numbers, amount
 
 
 def _raise_if_infeasible(spent: jax.Array, budget: int) -> None:

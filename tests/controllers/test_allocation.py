@@ -93,6 +93,37 @@ def test_an_arm_of_probability_zero_is_a_last_resort():
     np.testing.assert_allclose(allocation.marginals(logs, [2, 2], ARMS, 14), [[0, 1, 0, 0], [0, 0, 1, 0]], atol=1e-6)
 
 
+def test_a_last_resort_does_not_hide_the_other_arms_probabilities():
+    """4 a + b + c = 11 with a, b, c in {1, 2} needs a = 2, of probability 0; (b, c) is (1, 2) or (2, 1)."""
+    logs = [[0.0, -np.inf], [np.log(0.01), np.log(0.99)], [np.log(0.99), np.log(0.01)]]
+    arms, counts, odds = [1, 2], [4, 1, 1], 0.99**2 + 0.01**2
+    want = [[0.0, 1.0], [0.01**2 / odds, 0.99**2 / odds], [0.99**2 / odds, 0.01**2 / odds]]
+    np.testing.assert_allclose(allocation.marginals(logs, counts, arms, 11), want, atol=1e-6)
+    assert allocation.max_probability(logs, counts, arms, 11).tolist() == [2, 2, 1]
+    keys = jax.random.split(jax.random.key(0), 200)
+    draws = np.asarray(jax.jit(jax.vmap(lambda key: allocation.sample(key, logs, counts, arms, 11)))(keys))
+    assert (draws == [2, 2, 1]).all(1).mean() > 0.98
+
+
+def test_as_few_last_resorts_as_possible():
+    """Against enumeration by rank: only the choices with the fewest arms of probability 0 count."""
+    rng = np.random.default_rng(4)
+    for counts, budget in (((3, 2, 4), 32), ((2, 5, 1, 3), 40)):
+        logs, number = _case(counts, 2)
+        zero = rng.random(logs.shape) < 0.7
+        everything = _enumerate(np.zeros_like(logs), number, budget)
+        fewest = min(sum(zero[b, a] for b, a in enumerate(choice)) for choice in everything)
+        assert fewest >= 1
+        want, mass = np.zeros(logs.shape), 0.0
+        for choice in everything:
+            if sum(zero[b, a] for b, a in enumerate(choice)) == fewest:
+                odds = np.exp(sum(logs[b, a] - logs[b][~zero[b]].max() for b, a in enumerate(choice) if not zero[b, a]))
+                want[np.arange(len(choice)), list(choice)] += odds
+                mass += odds
+        got = allocation.marginals(np.where(zero, -np.inf, logs), number, ARMS, budget)
+        np.testing.assert_allclose(got, want / mass, atol=2e-6)
+
+
 def test_huge_log_probabilities_stay_finite():
     logs = np.array([[3e38, -3e38, 0.0, 1.0], [-3e38, 3e38, 1.0, 0.0]], np.float32)
     got = np.asarray(allocation.max_probability(logs, [3, 4], ARMS, 28))
@@ -119,6 +150,8 @@ def test_errors():
         allocation.sample(jax.random.key(0), logs, [2, 2], ARMS, 7)
     with pytest.raises(ValueError, match="bin_counts has shape"):
         allocation.max_probability(logs, [2, 2, 2], ARMS, 8)
+    with pytest.raises(ValueError, match=r"arms=\[-1, 3, 4, 6\] is not allowed: it must be counts >= 0"):
+        allocation.max_probability(logs, [2, 2], [-1, 3, 4, 6], 8)
     with pytest.raises(ValueError, match="log_probs has shape"):
         allocation.max_probability(logs[0], [2, 2], ARMS, 8)
     with pytest.raises(ValueError, match="must be an integer array"):
