@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     weights: jax.Array  # float32[P], what the advantages of the prompt's rows are multiplied by
     rollouts: jax.Array  # int32[P], sums to P * mean_rollouts
     allocation: rollout_gdro.Plan | None = None  # what the rollout adversary chose, for its feedback
+    lender: jax.Array | None = None  # int32[B], under shuffle="weights": the bin whose weight each bin gets
 
 
 class Outcome(NamedTuple):
@@ -63,7 +64,8 @@ class Config:
         (`Outcome.signal`). The pass@k is the Beta posterior's after the step, whatever n was: an estimate from the
         step's n rollouts alone is unbiased only for n >= k, and below that makes a bin look worse for its small n. It
         remembers about `difficulty.window` visits. The rollout adversary's surrogate utilities see `Outcome.signal`.
-    use_current_batch: weights come from the state after the batch: call `Rule.reweigh` after `Rule.update`.
+    use_current_batch: weights come from the state after the batch: call `Rule.reweigh` after `Rule.update`; a
+        shuffle of the weights stays the plan's.
     shuffle: a control: "weights" shuffled over the bins of the step, "budgets" over its prompts, or None.
 
     Raises ValueError for a value that is not allowed.
@@ -113,12 +115,13 @@ def compose(cfg: Config) -> Rule:
         ids = ids[: cfg.prompts_per_step]
         bins = difficulty.bins(cfg.difficulty, state.difficulty, ids)
         weight_key, rollout_key, shuffle_key = (jax.random.fold_in(key, purpose) for purpose in range(3))
-        weights = _weights(cfg, state, bins, weight_key)
+        lender = _lenders(cfg.difficulty.num_bins, bins, weight_key) if cfg.shuffle == "weights" else None
+        weights = _weights(cfg, state, bins, lender)
         chosen = _allocate(cfg, state, bins, ids, rollout_key)
         rollouts = jnp.full(ids.shape, cfg.mean_rollouts, jnp.int32) if chosen is None else chosen.per_prompt
         if cfg.shuffle == "budgets":
             rollouts = _shuffled(rollouts, ids, shuffle_key)
-        return Plan(ids, bins, weights, rollouts, chosen), state
+        return Plan(ids, bins, weights, rollouts, chosen, lender), state
 
     def update(state: State, plan: Plan, outcome: Outcome) -> State:
         seen = _scored(outcome, plan.prompt_ids.shape[0])
@@ -150,25 +153,27 @@ def compose(cfg: Config) -> Rule:
         return out
 
     def reweigh(state: State, plan: Plan) -> jax.Array:
-        if cfg.prompt is None or not cfg.use_current_batch or cfg.shuffle == "weights" or state.prompt is None:
-            return plan.weights
-        return prompt_gdro.weights(cfg.prompt, state.prompt, plan.bins)
+        return _weights(cfg, state, plan.bins, plan.lender) if cfg.use_current_batch else plan.weights
 
     return Rule(init, plan, update, metrics, reweigh)
 
 
-def _weights(cfg: Config, state: State, bins: jax.Array, key: jax.Array) -> jax.Array:
+def _weights(cfg: Config, state: State, bins: jax.Array, lender: jax.Array | None) -> jax.Array:
     if cfg.prompt is None or state.prompt is None:
         return jnp.ones(bins.shape, jnp.float32)
-    if cfg.shuffle != "weights":
-        return prompt_gdro.weights(cfg.prompt, state.prompt, bins)
-    present = prompt_gdro.bin_counts(cfg.prompt.num_bins, bins) > 0
+    lent = state.prompt
+    if lender is not None:
+        lent = lent._replace(scores=lent.scores[lender], visits=lent.visits[lender])
+    return prompt_gdro.weights(cfg.prompt, lent, bins)
+
+
+def _lenders(num_bins: int, bins: jax.Array, key: jax.Array) -> jax.Array:
+    """A random permutation of the bins present in the batch, and one of the others; int32[B]."""
+    present = prompt_gdro.bin_counts(num_bins, bins) > 0
     draws = jax.random.uniform(key, present.shape, jnp.float32)
     shuffled = jnp.argsort(jnp.where(present, draws, 2.0))  # the bins present, in random order, then the others
     in_order = jnp.argsort(~present, stable=True)
-    source = jnp.zeros(present.shape, jnp.int32).at[in_order].set(shuffled.astype(jnp.int32))
-    lent = state.prompt._replace(scores=state.prompt.scores[source], visits=state.prompt.visits[source])
-    return prompt_gdro.weights(cfg.prompt, lent, bins)
+    return jnp.zeros(present.shape, jnp.int32).at[in_order].set(shuffled.astype(jnp.int32))
 
 
 def _allocate(cfg: Config, state: State, bins: jax.Array, ids: jax.Array, key: jax.Array) -> rollout_gdro.Plan | None:

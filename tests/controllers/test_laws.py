@@ -108,12 +108,16 @@ def test_permuting_the_batch_permutes_the_plan(variant):
 
 def test_the_first_of_more_candidates_are_taken(variant):
     case, state, ids = _case(variant), _trained(variant), _ids(5, extra=7)
-    shapes = jax.eval_shape(case.rule.plan, state, ids, jax.random.key(1))[0]
-    assert shapes.prompt_ids.shape == (P,)
-    if variant == "uniform":
-        np.testing.assert_array_equal(case.rule.plan(state, ids, jax.random.key(1))[0].prompt_ids, ids[:P])
+    taken = jax.eval_shape(lambda *args: case.rule.plan(*args)[0], state, ids, jax.random.key(1))
+    assert taken.prompt_ids.shape == (P,)
     with pytest.raises(ValueError, match=r"candidate_ids.*at least 12"):
         case.rule.plan(state, ids[: P - 1], jax.random.key(1))
+
+
+@pytest.mark.parametrize("variant", _some("uniform", "prompt_gdro"))
+def test_candidates_past_the_first_do_not_matter(variant):
+    case, state, ids = _case(variant), _trained(variant), _ids(5, extra=7)
+    _same(case.rule.plan(state, ids, jax.random.key(1)), case.rule.plan(state, ids[:P], jax.random.key(1)))
 
 
 @pytest.mark.parametrize("variant", _some("uniform", "prompt_gdro", "joint"))
@@ -299,12 +303,29 @@ def test_weights_of_the_current_batch_come_after_the_update():
     case, state = _case("current_batch"), _trained("current_batch")
     plan, _ = case.plan(state, _ids(4), jax.random.key(0))
     after = case.update(state, plan, _outcome(plan, 4))
-    later, _ = case.plan(after, _ids(4), jax.random.key(0))
-    assert (np.asarray(case.rule.reweigh(after, plan)) != np.asarray(plan.weights)).any()
+    cfg = controllers.prompt_gdro.Config(num_bins=6, weights="published")
+    wanted = controllers.prompt_gdro.weights(cfg, after.prompt, plan.bins)
+    np.testing.assert_allclose(case.rule.reweigh(after, plan), wanted, rtol=1e-5)
+    assert (np.asarray(wanted) != np.asarray(plan.weights)).any()
     usual = _case("prompt_gdro")
     plan, _ = usual.plan(_trained("prompt_gdro"), _ids(4), jax.random.key(0))
-    np.testing.assert_array_equal(usual.rule.reweigh(_trained("prompt_gdro"), plan), plan.weights)
-    assert later.weights.shape == (P,)
+    later = usual.update(_trained("prompt_gdro"), plan, _outcome(plan, 4))
+    np.testing.assert_array_equal(usual.rule.reweigh(later, plan), plan.weights)
+
+
+def test_random_weights_of_the_current_batch_keep_the_plans_shuffle():
+    rule = controllers.make(
+        "random_weights", num_prompts=N, prompts_per_step=P, mean_rollouts=MEAN, use_current_batch=True
+    )
+    state, ids = _trained("random_weights"), _ids(4)
+    plan, _ = rule.plan(state, ids, jax.random.key(1))
+    np.testing.assert_allclose(rule.reweigh(state, plan), plan.weights, rtol=1e-5)
+    after = rule.update(state, plan, _outcome(plan, 4))
+    lent = after.prompt._replace(scores=after.prompt.scores[plan.lender], visits=after.prompt.visits[plan.lender])
+    wanted = controllers.prompt_gdro.weights(controllers.prompt_gdro.Config(num_bins=6), lent, plan.bins)
+    np.testing.assert_allclose(rule.reweigh(after, plan), wanted, rtol=1e-5)
+    assert (np.asarray(wanted) != np.asarray(plan.weights)).any()
+    assert sorted(plan.lender.tolist()) == list(range(6)) and plan.lender.tolist() != list(range(6))
 
 
 def test_signals_are_what_their_names_say():
