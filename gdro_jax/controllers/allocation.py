@@ -3,9 +3,11 @@
 B bins, A arms, S = budget + 1 amounts spent. The three solvers share one forward `lax.scan` over bins whose carry
 holds, for every amount spent so far, the best (`max`) or total (`logsumexp`) log-probability of spending it; a second
 scan goes back from the budget. An arm of probability 0 is a last resort: choices are ranked by how few of them they
-hold first, by the probability of their other arms second. The probabilities of the rest may span any range that float32 sums of their logs
-resolve (logs beyond 1e6 swamp differences of 0.1). Source of the problem: arXiv 2601.19280, the constrained selection of Rollout-GDRO (its
-dynamic programme); drawing from the budget-conditioned distribution, and its exact marginals, are this project's.
+hold first, by the probability of their other arms second (each relative to the likeliest of its bin). Finite
+log-probabilities may span any range in which float32 sums resolve them: one of -1e6 swamps differences of 0.1.
+
+Source of the problem: arXiv 2601.19280, the constrained selection of Rollout-GDRO (its dynamic programme); drawing from
+the budget-conditioned distribution, and its exact marginals, are this project's.
 
 Real-valued and per-prompt allocation (`square_root_law`, `round_to_budget`) live in `square_root.py`.
 """

@@ -16,7 +16,7 @@ from gdro_jax.controllers import _checks, allocation, utilities
 from gdro_jax.controllers.prompt_gdro import bin_counts, bin_means
 
 _HUGE = 1e30  # scores are kept within it
-_TIE = 1e-8  # among equally good arms prefer the one nearest to the mean
+_TIE = 1e-8  # among equally probable arms prefer the one nearest to the mean
 _RARE = 1e-6  # smallest probability an observed loss is divided by
 
 
@@ -25,18 +25,26 @@ class Config:
     """The rollout adversary.
 
     num_bins: B. mean_rollouts: n_bar, min_rollouts, max_rollouts: integers with 1 <= min <= mean <= max.
-    step_size: eta of the exponential weights. exploration: gamma, mixed in wherever losses are seen for the played arm
-        alone or arms are sampled. ema: beta of the scores and of the variances. dual_step_size: alpha_mu of Eq. 21.
+    step_size: eta of the exponential weights; without effect on the counts where the best of known losses are taken
+        ("argmax" of a utility that sees every arm), which depend on the losses' order alone.
+    exploration: gamma, mixed in wherever losses are seen for the played arm alone or arms are sampled; not otherwise.
+    ema: beta of the scores and of the variances.
+    dual_step_size: alpha_mu of Eq. 21; without effect under dual="exact", where the price never moves.
     utility: the loss of n rollouts. "surrogate": the bin's mean signal, -J as printed; "released": its negative, the
         released code's sign; "variance": v_b / n; "informative", "coverage": minus the posterior probability that n
         rollouts are not all alike, or that one is right. The last three see every arm at once.
     selection: "argmax" of sum_b log p_b(n_b), or an exact "sample" of prod_b p_b(n_b) given the budget.
     dual: "exact" moves the price by the realised mean (never, under an exact budget: report it); "relaxed" by the
-        mean of the counts each bin would choose alone at that price, in units of the losses' mean slope.
+        mean of the counts each bin would choose alone at that price, in units of the losses' mean slope. The price
+        weighs in the arm distribution; it cancels from the per-prompt argmax of a utility that sees every arm.
     per_prompt: bins get the best counts within the budget, and what is left goes, one rollout each, to prompts of the
         bins that gain most. For the argmax of a utility that sees every arm (each is concave) both come from one
         list of marginal gains, which is the exact optimum over whole counts per prompt; else the bins' counts come
-        from the dynamic programme over totals that leave less than one rollout per prompt of the largest bin.
+        from the dynamic programme over totals that leave less than one rollout per prompt of the largest bin. Under
+        a bandit utility ("surrogate", "released") leftovers raise a prompt by one before any by two (two only where
+        the bounds leave no other way to meet the budget). The loss observed is then that of the arm selected plus at
+        most one rollout, and is credited to the arm selected: under "sample" the estimate for that arm, so played, is
+        unbiased; it is not one of the arm's loss without leftovers. per_prompt=False has no such gap.
         False: one integer per bin, as published.
 
     Raises ValueError for a value that is not allowed.
@@ -101,9 +109,10 @@ class State(NamedTuple):
 class Plan(NamedTuple):
     """One step's allocation."""
 
-    per_bin: jax.Array  # int32[B], the count of a bin's prompts, before single prompts get one more
+    per_bin: jax.Array  # int32[B], the count of a bin's prompts, leftovers given to the whole bin included; some
+    # prompts of one bin get one more. Under a bandit utility at most one above the arm selected, where that can be
     per_prompt: jax.Array  # int32[P], sums to P * mean_rollouts
-    arm: jax.Array  # int32[B], index of the arm selected for the bin
+    arm: jax.Array  # int32[B], index of the arm selected for the bin before leftovers: observed losses are its
     probability: jax.Array  # float32[B] that it was selected: what an observed loss is divided by
     weights: jax.Array  # float32[B], weight of a prompt of the bin in the objective, 1 unless asked otherwise
     forced_uniform: jax.Array  # int32, 1 if one integer per bin left no choice but uniform
@@ -162,12 +171,14 @@ def allocate(
         weights = jnp.where(counts > 0, wanted / shares, 0.0)
     logs = log_arm_distribution(cfg, state, weights)
     select_key, order_key, prompt_key = (jax.random.fold_in(key, purpose) for purpose in range(3))
-    solution, forced, values = _select(cfg, logs, counts, prompts, select_key)
+    values = _values(cfg, state, weights, logs)
+    solution, forced = _select(cfg, logs, counts, prompts, select_key)
     left = prompts * (cfg.mean_rollouts - cfg.min_rollouts) - jnp.sum(solution.arms * counts, dtype=jnp.int32)
     arms, split, some = solution.arms, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     if cfg.per_prompt and len(cfg.arms) > 1:
         tie_break = jax.random.uniform(order_key, (cfg.num_bins,), jnp.float32)
-        arms, split, some = utilities.marginal_gains(values, counts, solution.arms, left, tie_break)
+        evenly = not cfg.full_information
+        arms, split, some = utilities.marginal_gains(values, counts, solution.arms, left, tie_break, evenly=evenly)
     one_more = (bins == split) & (_rank_in(bins == split, prompt_key, ids) < some)
     drawn = jnp.take_along_axis(logs, solution.arms[:, None], axis=1)[:, 0]
     return Plan(
@@ -238,8 +249,8 @@ def update(
 
 def _select(
     cfg: Config, logs: jax.Array, counts: jax.Array, prompts: int, key: jax.Array
-) -> tuple[allocation.Solution, jax.Array, jax.Array]:
-    """Arms per bin, whether only uniform was possible, and the values of arms that leftovers are handed out by."""
+) -> tuple[allocation.Solution, jax.Array]:
+    """Arms per bin, and whether only uniform was possible."""
     extra = jnp.array(cfg.arms, jnp.int32) - cfg.min_rollouts
     budget = prompts * (cfg.mean_rollouts - cfg.min_rollouts)
     if cfg.selection == "argmax":
@@ -248,7 +259,7 @@ def _select(
     free = jnp.zeros((), jnp.int32)
     if cfg.per_prompt and cfg.selection == "argmax" and cfg.full_information:
         nothing = jnp.zeros(cfg.num_bins, jnp.int32)
-        return allocation.Solution(nothing, nothing.astype(jnp.float32), free), free, logs
+        return allocation.Solution(nothing, nothing.astype(jnp.float32), free), free
     if not cfg.per_prompt:
         uniform = jnp.broadcast_to(
             jnp.where(extra != cfg.mean_rollouts - cfg.min_rollouts, 0.0, -1.0)[None, :], logs.shape
@@ -261,19 +272,37 @@ def _select(
         unspent = budget - jnp.arange(budget + 1, dtype=jnp.int32)
         ends = jnp.where(unspent < jnp.maximum(jnp.max(counts), 1), 0.0, -jnp.inf)
     if cfg.selection == "sample":
-        return allocation.draw(key, allocation.make_problem(logs, counts, extra, budget), ends), forced, logs
+        return allocation.draw(key, allocation.make_problem(logs, counts, extra, budget), ends), forced
     rows = counts[:, None].astype(jnp.float32) if cfg.per_prompt else 1.0
-    return allocation.best(allocation.make_problem(rows * logs, counts, extra, budget), ends), forced, logs
+    return allocation.best(allocation.make_problem(rows * logs, counts, extra, budget), ends), forced
+
+
+def _values(cfg: Config, state: State, weights: jax.Array, logs: jax.Array) -> jax.Array:
+    """What a prompt of each bin gains by each arm, float32[B, A], up to one common factor: leftovers go by it.
+
+    Minus the losses where all of them are known and the best are taken: log-probabilities would lose the small
+    differences between high counts to rounding. The price is left out: it is the same for every way to spend a budget.
+    """
+    if not (cfg.full_information and cfg.selection == "argmax"):
+        return logs
+    losses = _losses(cfg, state._replace(price=jnp.zeros((), jnp.float32)), weights)
+    span = jnp.max(jnp.max(losses, axis=1) - jnp.min(losses, axis=1))
+    return -losses / jnp.where(span > 0, span, 1.0)
+
+
+def or_others_mean(values: jax.Array, visits: jax.Array) -> jax.Array:
+    """`values` float32[B] or [B, A] with the mean of the bins seen in place of the bins never seen (0 if none is)."""
+    seen = (visits > 0).reshape((-1,) + (1,) * (values.ndim - 1))
+    number = jnp.maximum(jnp.sum(seen, dtype=jnp.float32), 1.0)
+    mean = jnp.sum(jnp.where(seen, values / number, 0.0), axis=0, keepdims=True)
+    return jnp.where(seen, values, mean)
 
 
 def _losses(cfg: Config, state: State, weights: jax.Array | None) -> jax.Array:
     """Loss of every arm at the current price (Eq. 20), float32[B, A]; a bin never seen is the others' mean."""
-    seen = (state.visits > 0)[:, None]
     scores = jnp.clip(state.scores, -_HUGE, _HUGE)
     if cfg.full_information:
-        number = jnp.maximum(jnp.sum(seen, dtype=jnp.float32), 1.0)
-        mean = jnp.sum(jnp.where(seen, scores / number, 0.0), axis=0, keepdims=True)
-        scores = jnp.where(seen, scores, mean)
+        scores = or_others_mean(scores, state.visits)
     if weights is not None:
         scores = scores * weights[:, None]
     arms = jnp.array(cfg.arms, jnp.float32)[None, :]

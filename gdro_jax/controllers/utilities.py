@@ -36,12 +36,20 @@ def plug_in_loss(utility: str, variances: jax.Array, arms: tuple[int, ...]) -> j
 
 
 def marginal_gains(
-    values: jax.Array, sizes: jax.Array, first: jax.Array, budget_left: jax.Array, tie_break: jax.Array
+    values: jax.Array,
+    sizes: jax.Array,
+    first: jax.Array,
+    budget_left: jax.Array,
+    tie_break: jax.Array,
+    *,
+    evenly: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Spends what is left, one rollout at a time, where one more gains most.
 
     values float32[B, A]: what one prompt of a bin gains in total by each arm (arms are consecutive counts).
     sizes int32[B] prompts per bin; first int32[B] index of the arm each bin already has; tie_break float32[B].
+    evenly: every bin gets its first one more before any gets a second. Among equal gains lower arms come first, then
+        bins by tie_break.
     Returns the new arm indices int32[B], the one bin of which only some prompts get one more, and how many of them.
     Exact where `values` is concave along arms; elsewhere a later gain never counts for more than an earlier one.
     """
@@ -53,6 +61,9 @@ def marginal_gains(
     bin_order = jnp.argsort(tie_break).astype(jnp.int32)
     flat_gains, flat_cost = gains[bin_order].T.reshape(-1), cost[bin_order].T.reshape(-1)  # arm first, then bin
     order = jnp.argsort(-flat_gains, stable=True)
+    if evenly:
+        again = jnp.arange(num_arms - 1, dtype=jnp.int32)[None, :] > first[:, None]
+        order = order[jnp.argsort(again[bin_order].T.reshape(-1)[order], stable=True)]
     ends = jnp.cumsum(flat_cost[order], dtype=jnp.int32)
     whole = (ends <= budget_left) & (flat_cost[order] > 0)
     owner = jnp.tile(bin_order, num_arms - 1)[order]

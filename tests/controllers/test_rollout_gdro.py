@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdro_jax.controllers import allocation, beta, rollout_gdro, theory
+from gdro_jax.controllers import allocation, beta, reporting, rollout_gdro, theory, utilities
 
 VARIANCES = np.array([0.25, 0.12, 0.04, 0.01], np.float32)
 BINS = np.repeat(np.arange(4), [10, 22, 13, 19]).astype(np.int32)
@@ -57,16 +57,111 @@ def test_the_published_rule_can_be_forced_to_uniform():
     assert int(free.forced_uniform) == 0 and free.per_bin.tolist() == [6, 2]
 
 
-@pytest.mark.parametrize("dual", ["exact", "relaxed"])
-def test_square_root_law_is_the_fixed_point(dual):
-    cfg = rollout_gdro.Config(4, dual=dual, mean_rollouts=6, min_rollouts=1, max_rollouts=20)
-    plan = allocate(cfg, _learn(cfg, 30), BINS, jax.random.key(7))
+@pytest.mark.parametrize(("step_size", "price"), [(0.65, 0.0), (1e-6, 0.0), (0.65, 100.0)])
+def test_square_root_law_is_the_fixed_point(step_size, price):
+    """Whatever the step size is, and at a price far above the losses, which every way to spend the budget pays."""
+    cfg = rollout_gdro.Config(4, step_size=step_size, mean_rollouts=6, min_rollouts=1, max_rollouts=20)
+    state = _learn(cfg, 30)._replace(price=jnp.float32(price))
+    plan = allocate(cfg, state, BINS, jax.random.key(7))
     shares = np.bincount(BINS) / len(BINS)
     law = np.asarray(allocation.square_root_law(VARIANCES, shares, 6, 1, 20))
     np.testing.assert_allclose(_per_bin(plan), law, atol=0.75)
     least = float(theory.optimal_variance_proxy(shares, VARIANCES, 6))
     realised = np.mean(VARIANCES[BINS] / np.asarray(plan.per_prompt))
     assert least <= realised <= 1.02 * least
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-30])
+def test_large_budgets_and_small_variances_keep_the_optimum(scale):
+    """Arms 2 ... 768: neighbouring arms differ in the sixth digit of the loss, and must still be told apart."""
+    cfg = rollout_gdro.Config(4, mean_rollouts=256, max_rollouts=768)
+    variances = VARIANCES * np.float32(scale)
+    table = jnp.asarray(variances[:, None] / np.array(cfg.arms, np.float32))
+    state = rollout_gdro.init(cfg)._replace(scores=table, visits=jnp.ones(4, jnp.int32))
+    counts = np.asarray(allocate(cfg, state, BINS, jax.random.key(0)).per_prompt)
+    assert counts.sum() == 64 * 256
+    shares = np.bincount(BINS) / len(BINS)
+    least = 256 * (shares @ np.sqrt(VARIANCES)) ** 2 / 256**2
+    assert np.mean(VARIANCES[BINS].astype(np.float64) / counts) <= 1.001 * least
+
+
+def test_a_bin_never_seen_is_allocated_as_the_mean_of_the_others():
+    cfg = rollout_gdro.Config(3, mean_rollouts=6, min_rollouts=1, max_rollouts=20)
+    bins = np.repeat([0, 1, 2], 8).astype(np.int32)
+    seen = np.array([0.24, 0.0, 0.02])
+    state = rollout_gdro.init(cfg)._replace(
+        scores=jnp.asarray(seen[:, None] / np.array(cfg.arms), jnp.float32),
+        variances=jnp.asarray(seen, jnp.float32),
+        visits=jnp.array([3, 0, 5]),
+        variance_visits=jnp.array([3, 0, 5]),
+    )
+    mean = (0.24 + 0.02) / 2
+    np.testing.assert_allclose(rollout_gdro.or_others_mean(state.variances, state.variance_visits)[1], mean, rtol=1e-6)
+    law = allocation.square_root_law(np.array([0.24, mean, 0.02]), np.ones(3), 6, 1, 20)
+    plan = allocate(cfg, state, bins, jax.random.key(0))
+    np.testing.assert_allclose(_per_bin(plan, bins), law, atol=0.75)
+    share = jnp.full(3, 1 / 3)
+    logged = reporting.rollout_adversary(cfg, state, plan, {"share": share, "rollouts_per_bin": share})
+    np.testing.assert_allclose(logged["square_root_law"], law, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bins", "low", "high", "wanted"),
+    [([2], 2, 12, [4]), ([1] * 6, 2, 12, [4] * 6), ([0, 1, 2, 2], 4, 4, [4] * 4)],
+)
+@pytest.mark.parametrize("how", [{}, {"selection": "sample", "utility": "surrogate"}])
+def test_nothing_to_choose_is_the_mean(bins, low, high, wanted, how):
+    """One prompt, all in one bin, or one arm."""
+    cfg = rollout_gdro.Config(3, min_rollouts=low, max_rollouts=high, **how)
+    scores = jnp.asarray(np.random.default_rng(0).random((3, high - low + 1)), jnp.float32)
+    state = rollout_gdro.init(cfg)._replace(scores=scores, visits=jnp.ones(3, jnp.int32))
+    plan = allocate(cfg, state, np.array(bins, np.int32), jax.random.key(0))
+    counts = np.asarray(plan.per_prompt)
+    assert counts.tolist() == wanted
+
+
+def test_marginal_gains_by_hand():
+    """Sizes 2, 0, 3 and totals 0, 5, 6, 6 | 0, 9, 18, 27 | 0, 4, 7, 8: gains 5 1 0 | - | 4 3 1."""
+    values = jnp.array([[0.0, 5.0, 6.0, 6.0], [0.0, 9.0, 18.0, 27.0], [0.0, 4.0, 7.0, 8.0]])
+    sizes, first, order = jnp.array([2, 0, 3]), jnp.zeros(3, jnp.int32), jnp.array([0.2, 0.1, 0.3])
+    for left, arms, split, some in (
+        (0, (0, 0), 0, 0), (1, (0, 0), 0, 1), (2, (1, 0), 2, 0), (4, (1, 0), 2, 2),
+        (8, (1, 2), 0, 0), (9, (1, 2), 0, 1), (13, (2, 3), 0, 0), (15, (3, 3), 0, 0),
+    ):  # fmt: skip
+        got, which, rest = utilities.marginal_gains(values, sizes, first, jnp.int32(left), order)
+        assert (int(got[0]), int(got[2]), int(rest)) == (*arms, some), left
+        assert int(which) == split or some == 0
+        assert int(got[1]) == 0
+
+
+def test_marginal_gains_break_ties_by_arm_then_by_order():
+    values, sizes = jnp.zeros((3, 4)), jnp.array([2, 2, 2])
+    first = jnp.zeros(3, jnp.int32)
+    got, which, rest = utilities.marginal_gains(values, sizes, first, jnp.int32(9), jnp.array([0.9, 0.1, 0.5]))
+    assert (got.tolist(), int(which), int(rest)) == ([1, 2, 1], 2, 1)
+
+
+def test_marginal_gains_evenly():
+    """Bin 0 gains 9 a time, bin 1 only 1: evenly bin 1 gets its first before bin 0 gets a second."""
+    values, sizes = jnp.array([[0.0, 9.0, 18.0, 27.0], [0.0, 1.0, 2.0, 3.0]]), jnp.array([1, 2])
+    first, order = jnp.array([1, 0], jnp.int32), jnp.array([0.1, 0.2])
+    for left, evenly, arms in ((3, True, [2, 1]), (2, False, [3, 0]), (4, True, [3, 1])):
+        got, _, rest = utilities.marginal_gains(values, sizes, first, jnp.int32(left), order, evenly=evenly)
+        assert (got.tolist(), int(rest)) == (arms, 0)
+
+
+@pytest.mark.parametrize("selection", ["argmax", "sample"])
+def test_bandit_leftovers_are_one_rollout_each(selection):
+    """29 prompts in one bin and single ones in others: what the large bin leaves is no windfall for the small ones."""
+    bins = np.array([0] * 29 + [1, 2, 3], np.int32)
+    cfg = rollout_gdro.Config(4, utility="surrogate", selection=selection, exploration=0.1)
+    scores = np.random.default_rng(1).normal(size=(6, 4, 11)).astype(np.float32) * 2
+    states = jax.vmap(lambda table: rollout_gdro.init(cfg)._replace(scores=table))(jnp.asarray(scores))
+    keys = jax.random.split(jax.random.key(0), 6)
+    plans = jax.jit(jax.vmap(lambda state, key: rollout_gdro.allocate(cfg, state, bins, key)))(states, keys)
+    counts, drawn = np.asarray(plans.per_prompt), np.asarray(plans.arm)[:, bins] + 2
+    assert (counts.sum(1) == 4 * 32).all()
+    assert (counts - drawn >= 0).all() and (counts - drawn <= 1).all() and (counts > drawn).any()
 
 
 def test_selection_per_prompt_is_nearly_the_best_of_all_whole_counts():
