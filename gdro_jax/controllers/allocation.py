@@ -184,7 +184,7 @@ def _forward(problem: Problem, size: int, how: Literal["max", "logsumexp"]) -> t
 
 def _ending(ends: jax.Array) -> Reach:
     """The amounts allowed, as what comes after the last bin."""
-    return Reach(jnp.where(jnp.isfinite(ends), 0.0, -jnp.inf), ends)
+    return Reach(jnp.where(jnp.isfinite(ends), 0.0, -jnp.inf).astype(jnp.float32), ends)
 
 
 def _finished(total: Reach, ends: jax.Array) -> jax.Array:
