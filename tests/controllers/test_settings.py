@@ -14,7 +14,7 @@ DRAWN = {"selection": "sample", "utility": "surrogate"}
 # setting: the rule, the settings beside it without which it would not act, and a value that is not the default
 ACTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "edges": ("uniform", {}, (0.6,)),
-    "window": ("uniform", {}, 1),
+    "window": ("uniform", {"statistic": "any"}, 1),
     "hysteresis": ("uniform", {"statistic": "any"}, 0.45),
     "statistic": ("uniform", {}, "any"),
     "k": ("uniform", {}, 1),
@@ -40,8 +40,8 @@ ACTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "utility": ("rollout_gdro", {}, "coverage"),
     "selection": ("rollout_gdro", {}, "sample"),
     "per_prompt": ("rollout_gdro", {}, False),
-    "min_rollouts": ("rollout_gdro", {}, 1),
-    "max_rollouts": ("rollout_gdro", {}, 5),
+    "min_rollouts": ("rollout_gdro", {"statistic": "pass_at_k", "k": 2}, 3),
+    "max_rollouts": ("rollout_gdro", {"statistic": "pass_at_k", "k": 2}, 5),
 }
 
 
