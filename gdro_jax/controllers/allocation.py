@@ -172,18 +172,32 @@ def draw(key: jax.Array, problem: Problem, ends: jax.Array) -> Solution:
 
 
 def _forward(problem: Problem, size: int, how: Literal["max", "logsumexp"]) -> tuple[Reach, Reach]:
-    """What reaches every amount spent before each bin, [B, S] a leaf, and after all of them."""
+    """What reaches every amount spent before each bin, [B, S] a leaf, and after all of them.
 
-    def step(reach: Reach, row: Problem) -> tuple[Reach, Reach]:
-        return _combine(_behind(reach, row.costs), row, how), reach
-
+    Without arms of probability 0, the usual case, every rank is 0: the maximum then costs half as much.
+    """
     nothing_spent = jnp.full(size, -jnp.inf, jnp.float32).at[0].set(0.0)
-    total, before = jax.lax.scan(step, Reach(nothing_spent, nothing_spent), problem)
-    return before, total
+
+    def ranked(problem: Problem) -> tuple[Reach, Reach]:
+        def step(reach: Reach, row: Problem) -> tuple[Reach, Reach]:
+            return _combine(_behind(reach, row.costs), row, how), reach
+
+        total, before = jax.lax.scan(step, Reach(nothing_spent, nothing_spent), problem)
+        return before, total
+
+    def plain(problem: Problem) -> tuple[Reach, Reach]:
+        def step(logs: jax.Array, row: Problem) -> tuple[jax.Array, jax.Array]:
+            terms = [values + row.log_probs[arm] for arm, values in enumerate(_shifted_back(logs, row.costs))]
+            return _total(terms, how), logs
+
+        total, before = jax.lax.scan(step, nothing_spent, problem)
+        return _ending(before), _ending(total)
+
+    return jax.lax.cond(jnp.any(problem.impossible > 0), ranked, plain, problem)
 
 
 def _ending(ends: jax.Array) -> Reach:
-    """The amounts allowed, as what comes after the last bin."""
+    """Log-values without arms of probability 0, with their ranks: the amounts allowed, as what follows the last bin."""
     return Reach(jnp.where(jnp.isfinite(ends), 0.0, -jnp.inf).astype(jnp.float32), ends)
 
 
@@ -203,10 +217,13 @@ def _best_rank(rank: jax.Array, logs: jax.Array) -> jax.Array:
 
 def _behind(reach: Reach, costs: jax.Array) -> list[Reach]:
     """The values at s - cost for every s, -inf before the start, one Reach per arm."""
-    size = reach.logs.shape[0]
-    padded = [jnp.concatenate([jnp.full(size, -jnp.inf, jnp.float32), leaf]) for leaf in reach]
-    starts = [size - costs[arm] for arm in range(costs.shape[0])]
-    return [Reach(*(jax.lax.dynamic_slice(leaf, (start,), (size,)) for leaf in padded)) for start in starts]
+    return [Reach(*leaves) for leaves in zip(*(_shifted_back(leaf, costs) for leaf in reach), strict=True)]
+
+
+def _shifted_back(values: jax.Array, costs: jax.Array) -> list[jax.Array]:
+    size = values.shape[0]
+    padded = jnp.concatenate([jnp.full(size, -jnp.inf, jnp.float32), values])
+    return [jax.lax.dynamic_slice(padded, (size - costs[arm],), (size,)) for arm in range(costs.shape[0])]
 
 
 def _ahead(reach: Reach, costs: jax.Array) -> list[Reach]:
@@ -224,11 +241,15 @@ def _combine(shifted: list[Reach], row: Problem, how: Literal["max", "logsumexp"
         jnp.where(rank == top, values.logs + row.log_probs[arm], -jnp.inf)
         for arm, (rank, values) in enumerate(zip(ranks, shifted, strict=True))
     ]
+    return Reach(top, _total(terms, how))
+
+
+def _total(terms: list[jax.Array], how: Literal["max", "logsumexp"]) -> jax.Array:
     peak = reduce(jnp.maximum, terms)
     if how == "max":
-        return Reach(top, peak)
+        return peak
     base = jnp.where(jnp.isfinite(peak), peak, 0.0)
-    return Reach(top, base + jnp.log(reduce(operator.add, [jnp.exp(term - base) for term in terms])))
+    return base + jnp.log(reduce(operator.add, [jnp.exp(term - base) for term in terms]))
 
 
 def _candidates(reach: Reach, row: Problem, left: jax.Array) -> jax.Array:
