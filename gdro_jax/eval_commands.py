@@ -92,7 +92,7 @@ def regrade(folder: str, config: Config) -> None:
         before = saved.responses[name]
         with inputs.verifier(config, kind) as verifier:
             grades = verifier.grade([row.response for row in before], [golds[row.problem] for row in before])
-        rewards.check_failures(grades, config.data.max_unscorable, name)
+        rewards.check_failures(grades.failures, len(before), config.data.max_unscorable, name)
         rows = [
             row._replace(score=float(score_), scorable=bool(scorable), reason=grades.reasons.get(n))
             for n, (row, score_, scorable) in enumerate(zip(before, grades.scores, grades.scorable, strict=True))
@@ -214,6 +214,7 @@ def _sample(
     done = {row.problem for row in kept}
     todo = asked.prompts.only(lambda problem: problem.id not in done)
     tokens = sum(row.tokens for row in kept)
+    failures = [row.reason for row in kept if not row.scorable]
     if todo.problems:
         sampler = Sampler(policy.model, _sampling(config, policy.stop_tokens))
         # A set's keys are its own, whatever else is evaluated beside it.
@@ -230,19 +231,11 @@ def _sample(
             sys.stderr.write(
                 f"{name}  {len(kept) // samples}/{len(asked.prompts.problems)} problems  {tokens:,} tokens\n"
             )
-            _check_failures(name, kept, config.data.max_unscorable)
+            failures += [row.reason for row in rows if not row.scorable]
+            rewards.check_failures(failures, len(kept), config.data.max_unscorable, name)
             if stop() and len(kept) < len(asked.prompts.problems) * samples:
                 return None
     return sorted(kept, key=lambda row: (row.problem, row.rank))
-
-
-def _check_failures(name: str, rows: Sequence[Graded], limit: float) -> None:
-    failed = [row for row in rows if not row.scorable]
-    if len(failed) > limit * len(rows):
-        raise rewards.UnscorableError(
-            f"{name}: {len(failed) / len(rows):.0%} of the responses could not be graded, more than "
-            f"data.max_unscorable={limit}; the first because: {failed[0].reason or 'no reason given'}"
-        )
 
 
 def _report(scores: dict[str, score.Score], place: pathlib.Path | None) -> None:

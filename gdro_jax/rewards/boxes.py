@@ -1,48 +1,30 @@
 r"""Verifiers of the last ``\boxed{}`` that need no parser, and so no process of their own: a number, a letter."""
 
 import re
-from collections.abc import Iterable, Sequence
-from types import TracebackType
-from typing import Self
-
-import numpy as np
-from numpy.typing import NDArray
+from abc import abstractmethod
+from collections.abc import Iterable
 
 from gdro_jax.rewards import plain_numbers
+from gdro_jax.rewards.base import BaseVerifier, Rows
 from gdro_jax.rewards.boxed import AnswerTooLong, last_boxed
-from gdro_jax.rewards.verifier import Grades, check_lengths, grades_of
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
 _LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?(?:[.:)].*)?", re.DOTALL)
 
 
-class _BoxVerifier:
-    """Grades the last box of each response, in this process; its work is linear in the response's length."""
+class _BoxVerifier(BaseVerifier):
+    """Grades the last box of each response, in this process; its work is linear in the response's length.
 
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Grades:
-        """Grades of R responses; unscorable where the gold answer is none of its kind, or the box is too long."""
-        check_lengths(responses, answers)
-        return grades_of([self._row(response, answer) for response, answer in zip(responses, answers, strict=True)])
-
-    def score(self, responses: Sequence[str], answers: Sequence[str]) -> NDArray[np.float32]:
-        """float32[R], 1.0 right, 0.0 wrong or unscorable."""
-        return self.grade(responses, answers).scores
+    A row whose gold answer is none of the verifier's kind, or whose box is too long, is unscorable.
+    """
 
     def check(self, answers: Iterable[str]) -> dict[int, str]:
         """Rows of gold answers that cannot be used, and why."""
         verdicts = ((row, self._verdict(str(answer), answer)) for row, answer in enumerate(answers))
         return {row: str(verdict or "does not equal itself") for row, verdict in verdicts if verdict is not True}
 
-    def close(self) -> None:
-        """Nothing to end."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def _verdicts(self, rows: Rows) -> list[bool | str]:
+        return [self._row(response, answer) for response, answer in rows]
 
     def _row(self, response: object, answer: object) -> bool | str:
         if not isinstance(response, str):
@@ -53,8 +35,8 @@ class _BoxVerifier:
             return str(error)
         return self._verdict("" if given is None else given, answer)
 
-    def _verdict(self, given: str, answer: object) -> bool | str:
-        raise NotImplementedError
+    @abstractmethod
+    def _verdict(self, given: str, answer: object) -> bool | str: ...
 
 
 class NumericVerifier(_BoxVerifier):

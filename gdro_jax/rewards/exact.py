@@ -1,31 +1,20 @@
 """Exact match of strings and numbers, in this process: for tasks whose responses are the answer itself."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fractions import Fraction
-from types import TracebackType
-from typing import Self
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gdro_jax.rewards import expression
-from gdro_jax.rewards.verifier import Grades, check_lengths, grades_of
+from gdro_jax.rewards.base import BaseVerifier, Rows
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,64}(?:\.[0-9]{1,64}|/[0-9]{1,64})?")
 
 
-class ExactVerifier:
-    """Right if the stripped strings are equal, or both are numbers (``-7``, ``2.50``, ``3/4``) of equal value."""
+class ExactVerifier(BaseVerifier):
+    """Right if the stripped strings are equal, or both are numbers (``-7``, ``2.50``, ``3/4``) of equal value.
 
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Grades:
-        """Grades of R responses. A row without a gold answer, or whose response is no string, is unscorable."""
-        check_lengths(responses, answers)
-        return grades_of([verdict(response, answer) for response, answer in zip(responses, answers, strict=True)])
-
-    def score(self, responses: Sequence[str], answers: Sequence[str]) -> NDArray[np.float32]:
-        """float32[R], 1.0 right, 0.0 wrong or unscorable."""
-        return self.grade(responses, answers).scores
+    A row without a gold answer, or whose response is no string, is unscorable.
+    """
 
     def check(self, answers: Iterable[str]) -> dict[int, str]:
         """Rows of gold answers that cannot be used, and why."""
@@ -33,16 +22,8 @@ class ExactVerifier:
         verdicts = ((row, verdict(answer, answer)) for row, answer in golds)
         return {row: str(verdict) for row, verdict in verdicts if verdict is not True}
 
-    def close(self) -> None:
-        """Nothing to end."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def _verdicts(self, rows: Rows) -> list[bool | str]:
+        return [verdict(response, answer) for response, answer in rows]
 
 
 def verdict(response: object, answer: object) -> bool | str:

@@ -5,17 +5,11 @@ so it works off the main thread; a hang, a crash or a memory bomb costs its own 
 """
 
 import re
-import threading
-from collections.abc import Iterable, Sequence
-from types import TracebackType
-from typing import NamedTuple, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterable
 
 from gdro_jax.rewards import plain_numbers
+from gdro_jax.rewards.base import Pair, Plan, PooledVerifier
 from gdro_jax.rewards.boxed import MAX_ANSWER_CHARS, AnswerTooLong, last_boxed, nesting_depth
-from gdro_jax.rewards.verifier import Grades, check_lengths, grades_of
 from gdro_jax.rewards.worker_pool import WorkerPool
 
 MAX_DEPTH = 32
@@ -24,14 +18,7 @@ MAX_DEPTH = 32
 _INTEGER = re.compile(r"-?[0-9]{1,15}")
 
 
-class Pair(NamedTuple):
-    """A gold answer and the answer that a response gave."""
-
-    gold: str
-    given: str
-
-
-class MathVerifier:
+class MathVerifier(PooledVerifier):
     r"""Grades responses by the last ``\boxed{}`` in them; a gold answer such as ``4.2 within 0.1`` allows that error.
 
     Right: it equals the gold answer. Wrong: it does not, or there is no box. Unscorable: the verifier failed, which is
@@ -49,45 +36,18 @@ class MathVerifier:
     """
 
     def __init__(self, *, workers: int = 2, timeout: float = 5.0, memory_mb: int = 2048) -> None:
-        self._pool = WorkerPool(workers=workers, timeout=float(timeout), memory_mb=memory_mb)
-        self._lock = threading.Lock()
-
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Grades:
-        """Grades of R responses; equal rows are graded once. Calls from several threads take turns."""
-        check_lengths(responses, answers)
-        plans = [_plan(response, answer) for response, answer in zip(responses, answers, strict=True)]
-        pairs = list(dict.fromkeys(plan for plan in plans if isinstance(plan, Pair)))
-        with self._lock:
-            verdicts = dict(zip(pairs, self._pool.run([pair._asdict() for pair in pairs]), strict=True))
-        return grades_of([verdicts[plan] if isinstance(plan, Pair) else plan for plan in plans])
-
-    def score(self, responses: Sequence[str], answers: Sequence[str]) -> NDArray[np.float32]:
-        """float32[R], 1.0 right, 0.0 wrong or unscorable; never hangs, never raises for a bad response."""
-        return self.grade(responses, answers).scores
+        super().__init__(WorkerPool(workers=workers, timeout=float(timeout), memory_mb=memory_mb))
 
     def check(self, answers: Iterable[str]) -> dict[int, str]:
         """Rows of gold answers that do not parse or do not equal themselves, and why; plain integers always do."""
-        golds = dict(enumerate(map(_checked, answers)))
-        pairs = list(dict.fromkeys(gold for gold in golds.values() if isinstance(gold, Pair)))
-        with self._lock:
-            verdicts = dict(zip(pairs, self._pool.run([pair._asdict() for pair in pairs]), strict=True))
-        final = {row: verdicts[gold] if isinstance(gold, Pair) else gold for row, gold in golds.items()}
-        return {row: str(verdict or "does not equal itself") for row, verdict in final.items() if verdict is not True}
+        verdicts = enumerate(self._settled([_checked(answer) for answer in answers]))
+        return {row: str(verdict or "does not equal itself") for row, verdict in verdicts if verdict is not True}
 
-    def close(self) -> None:
-        """Kill the workers."""
-        self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def _plan(self, response: object, answer: object) -> Plan:
+        return _plan(response, answer)
 
 
-def _plan(response: object, answer: object) -> Pair | bool | str:
+def _plan(response: object, answer: object) -> Plan:
     """The pair to hand to a worker, or the verdict where none is needed."""
     if not isinstance(response, str):
         return "the response is not a string"
@@ -120,7 +80,7 @@ def _same_number(gold: str, given: str) -> bool:
     return wanted is not None and wanted == plain_numbers.read(given, units=False)
 
 
-def _checked(answer: object) -> Pair | bool | str:
+def _checked(answer: object) -> Plan:
     """The pair of a gold answer with itself, or the verdict where no worker is needed."""
     try:
         gold = _gold(answer)

@@ -21,6 +21,11 @@ class Grades:
     reasons: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
     """Why, for each unscorable row."""
 
+    @property
+    def failures(self) -> list[str | None]:
+        """Why, row by row of those that are unscorable; None where nobody said."""
+        return [self.reasons.get(int(row)) for row in np.flatnonzero(~self.scorable)]
+
 
 class UnscorableError(RuntimeError):
     """Too many responses could not be graded; its text is one line."""
@@ -60,14 +65,20 @@ def grades_of(verdicts: Sequence[bool | str]) -> Grades:
     )
 
 
-def check_failures(grades: Grades, limit: float, where: str) -> None:
-    """UnscorableError if more than the share ``limit`` of the rows is unscorable; ``where`` begins its text."""
-    failed = float(1.0 - grades.scorable.mean())
+def check_failures(failures: Sequence[str | None], rows: int, limit: float, where: str) -> None:
+    """UnscorableError if more than the share ``limit`` of the rows failed.
+
+    Args:
+        failures: why, for each row that is unscorable.
+        rows: all of them.
+        limit: ``data.max_unscorable``.
+        where: begins the error's text.
+    """
+    failed = len(failures) / rows
     if failed > limit:
-        reason = next(iter(grades.reasons.values()), "no reason given")
         raise UnscorableError(
             f"{where}: {failed:.0%} of the responses could not be graded, more than data.max_unscorable={limit}; "
-            f"the first because: {reason}"
+            f"the first because: {failures[0] or 'no reason given'}"
         )
 
 

@@ -180,7 +180,7 @@ class Trainer:
         answers = [self.parts.train.problems[plan.prompt_ids[i]].answer for i in index]
         grades = self.verifier.grade(said, answers)
         clock.lap("verify")
-        rewards.check_failures(grades, self.config.data.max_unscorable, f"step {number}")
+        rewards.check_failures(grades.failures, len(said), self.config.data.max_unscorable, f"step {number}")
         reward = self.config.reward
         shaped = shaping.shaped(
             grades.scores,
