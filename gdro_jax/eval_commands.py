@@ -8,7 +8,7 @@ import pathlib
 import re
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,27 +58,25 @@ def evaluate(
         dataclasses.replace(config.model, path=model, param_dtype=config.model.dtype)  # nothing is trained
     )
     asked = _asked(problems, names, folder, policy.tokenizer, config)
-    longest_response = dataclasses.replace(config.sampling, max_new_tokens=_max_new_tokens(config))
-    at_most = dataclasses.replace(config, sampling=longest_response)
-    setup.check_length(policy, [it.prompts for it in asked.values()], at_most)
-    settings = _settings(model, asked, config)
+    sampling = config.eval_sampling(policy.stop_tokens)
+    setup.check_length(policy, [it.prompts for it in asked.values()], sampling.max_new_tokens, config)
+    settings = _settings(model, asked, sampling, config)
     place = None if out is None else setup.claim_folder(out, "--out")
     if place is not None:
         store.begin(place, settings, {name: (it.prompts.problems, it.private) for name, it in asked.items()})
     scores: dict[str, score.Score] = {}
-    kept: dict[str, list[Graded]] = {}
+    as_in_training: Mapping[str, Any] = {}
     for name, it in asked.items():
         with inputs.verifier(config, it.verifier) as verifier:
             rows = _sample(name, it, policy, verifier, config, place, stop)
         if rows is None:
             return False
-        kept[name] = rows
         scores[name] = score.score(
             it.prompts.problems, rows, config.eval.samples, whole_response=it.verifier == "exact"
         )
-    _report(scores, place)
-    if place is not None and problems is not None:  # the summary of one file, as training logs it
-        _add_training_summary(place, asked[next(iter(asked))].prompts, kept[next(iter(kept))], config.eval.k)
+        if problems is not None:
+            as_in_training = _training_summary(it.prompts, rows, config.eval.k)
+    _report(scores, place, as_in_training)
     return True
 
 
@@ -101,7 +99,7 @@ def regrade(folder: str, config: Config) -> None:
         sys.stderr.write(f"{name}: {changed} of {len(rows)} grades changed\n")
         store.write_rows(place / f"{name}.responses.jsonl", [row._asdict() for row in rows])
         scores[name] = score.score(problems, rows, saved.settings["samples"], whole_response=kind == "exact")
-    _report(scores, place)
+    _report(scores, place, {})
 
 
 def compare_evals(folders: Sequence[str], out: str | None) -> None:
@@ -120,13 +118,12 @@ def _asked(
 ) -> dict[str, Asked]:
     """Every set by name, all of them checked before anything is sampled."""
     if problems is not None:
-        template = config.eval.template or config.data.template
         with inputs.verifier(config) as grader:
             loaded, left_out = inputs.checked(problems, "heldout", config, grader)
-        ready, notes = inputs.ready(loaded, template, tokenizer, config)
+        ready, notes = inputs.ready(loaded, config.eval_template, tokenizer, config)
         _say([*left_out, *notes])
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", pathlib.Path(problems).stem)
-        return {name: Asked(ready, template, config.data.verifier, False)}
+        return {name: Asked(ready, config.eval_template, config.data.verifier, False)}
     if folder is None:
         raise setup.InputError("--benchmark-folder: where the benchmarks' files are is needed with --benchmarks")
     chosen = benchmarks.present(folder) if list(names) == ["all"] else tuple(dict.fromkeys(names))
@@ -148,31 +145,16 @@ def _say(notes: Sequence[str]) -> None:
         sys.stderr.write(note + "\n")
 
 
-def _max_new_tokens(config: Config) -> int:
-    return config.eval.max_new_tokens or config.sampling.max_new_tokens
-
-
-def _sampling(config: Config, stop_tokens: tuple[int, ...]) -> SamplingConfig:
-    return SamplingConfig(
-        max_new_tokens=_max_new_tokens(config),
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        top_k=config.eval.top_k,
-        stop_tokens=stop_tokens,
-        slots=config.sampling.slots,
-    )
-
-
-def _settings(model: str, asked: dict[str, Asked], config: Config) -> dict[str, Any]:
+def _settings(model: str, asked: dict[str, Asked], sampling: SamplingConfig, config: Config) -> dict[str, Any]:
     return {
         "model": model,
         "weights": _weights(setup.model_folder(model), config),
         "seed": config.run.seed,
         "samples": config.eval.samples,
-        "temperature": config.eval.temperature,
-        "top_p": config.eval.top_p,
-        "top_k": config.eval.top_k,
-        "max_new_tokens": _max_new_tokens(config),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
         "sets": {
             name: {
                 "problems": len(it.prompts.problems),
@@ -216,7 +198,7 @@ def _sample(
     tokens = sum(row.tokens for row in kept)
     failures = [row.reason for row in kept if not row.scorable]
     if todo.problems:
-        sampler = Sampler(policy.model, _sampling(config, policy.stop_tokens))
+        sampler = Sampler(policy.model, config.eval_sampling(policy.stop_tokens))
         # A set's keys are its own, whatever else is evaluated beside it.
         key = jax.random.fold_in(jax.random.key(config.run.seed), zlib.crc32(name.encode()))
         longest = config.data.max_prompt_tokens or asked.prompts.longest
@@ -238,20 +220,21 @@ def _sample(
     return sorted(kept, key=lambda row: (row.problem, row.rank))
 
 
-def _report(scores: dict[str, score.Score], place: pathlib.Path | None) -> None:
+def _report(scores: dict[str, score.Score], place: pathlib.Path | None, more: Mapping[str, Any]) -> None:
+    """Prints the table; with a folder keeps it, a figure and the summary, which begins with `more`."""
     text = tables.format_scores(scores)
     print(text)
     if place is None:
         return
-    (place / store.SUMMARY).write_text(json.dumps({"sets": scores}, indent=2) + "\n")
+    (place / store.SUMMARY).write_text(json.dumps({**more, "sets": scores}, indent=2) + "\n")
     (place / "table.txt").write_text(text + "\n")
     tables.draw(scores, place / "scores.png")
 
 
-def _add_training_summary(place: pathlib.Path, ready: prompts.Prompts, rows: Sequence[Graded], k: int) -> None:
+def _training_summary(ready: prompts.Prompts, rows: Sequence[Graded], k: int) -> Mapping[str, Any]:
+    """What training logs of the same responses; nothing where none could be graded."""
     counts = run.count(iter([(list(rows), 0)]), len(ready.problems))
     strata = [problem.stratum for problem in ready.problems]
     with contextlib.suppress(evaluation.NothingScorableError):
-        summary = evaluation.summarise(counts.correct, counts.scorable, strata, k)
-        file = place / store.SUMMARY
-        file.write_text(json.dumps(dict(summary) | json.loads(file.read_text()), indent=2) + "\n")
+        return evaluation.summarise(counts.correct, counts.scorable, strata, k)
+    return {}

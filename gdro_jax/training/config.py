@@ -393,3 +393,19 @@ class Config:
     def rows_per_step(self) -> int:
         """R = P · n_bar."""
         return self.train.prompts_per_step * self.controller.mean_rollouts
+
+    @property
+    def eval_template(self) -> str:
+        """The prompt template of held-out problems."""
+        return self.eval.template or self.data.template
+
+    def eval_sampling(self, stop_tokens: tuple[int, ...]) -> SamplingConfig:
+        """How responses are sampled in evaluation."""
+        return SamplingConfig(
+            max_new_tokens=self.eval.max_new_tokens or self.sampling.max_new_tokens,
+            temperature=self.eval.temperature,
+            top_p=self.eval.top_p,
+            top_k=self.eval.top_k,
+            stop_tokens=stop_tokens,
+            slots=self.sampling.slots,
+        )

@@ -8,7 +8,7 @@ from gdro_jax import rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.evaluation import run as evaluation
 from gdro_jax.evaluation import summarise
-from gdro_jax.sampling import Sampler, SamplingConfig
+from gdro_jax.sampling import Sampler
 from gdro_jax.training import setup
 from gdro_jax.training.config import Config
 from gdro_jax.training.records import Record
@@ -22,15 +22,7 @@ class Evaluator:
         self._config, self._parts, self._verifier = config, parts, verifier
         self._all = parts.heldout
         self._some = prompt_data.first_per_stratum(parts.heldout, config.eval.problems_per_stratum)
-        sampling = SamplingConfig(
-            max_new_tokens=config.eval.max_new_tokens or config.sampling.max_new_tokens,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
-            top_k=config.eval.top_k,
-            stop_tokens=parts.policy.stop_tokens,
-            slots=config.sampling.slots,
-        )
-        self._sampler = Sampler(parts.policy.model, sampling)
+        self._sampler = Sampler(parts.policy.model, config.eval_sampling(parts.policy.stop_tokens))
 
     def __call__(self, model: Any, key: jax.Array, final: bool) -> tuple[Record, int]:
         """Summaries and the number of responses they took.

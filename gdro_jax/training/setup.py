@@ -107,8 +107,7 @@ def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs |
     notes = [*data.notes, *notes, shown]
     heldout = None
     if data.heldout is not None:
-        template = config.eval.template or config.data.template
-        heldout, more = inputs.ready(data.heldout, template, policy.tokenizer, config)
+        heldout, more = inputs.ready(data.heldout, config.eval_template, policy.tokenizer, config)
         notes += more
     if config.train.prompts_per_step > len(train.problems):
         raise InputError(
@@ -127,18 +126,18 @@ def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs |
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"controller: {error}") from None
-    check_length(policy, [p for p in (train, heldout) if p is not None], config)
+    response = max(config.sampling.max_new_tokens, config.eval_sampling(policy.stop_tokens).max_new_tokens)
+    check_length(policy, [p for p in (train, heldout) if p is not None], response, config)
     return Setup(policy, train, heldout, rule, order, tuple(notes))
 
 
-def check_length(policy: Policy, asked: Sequence[prompts.Prompts], config: Config) -> None:
-    """Prompt and response together must have a position each.
+def check_length(policy: Policy, asked: Sequence[prompts.Prompts], response: int, config: Config) -> None:
+    """Prompt and `response` tokens together must have a position each.
 
     Raises:
       InputError: they may need more than the model has.
     """
     longest = config.data.max_prompt_tokens or max(p.longest for p in asked)
-    response = max(config.sampling.max_new_tokens, config.eval.max_new_tokens or 0)
     needed, most = longest + response, policy.model.config.positions
     if needed > most:
         raise InputError(
