@@ -134,17 +134,16 @@ def update(cfg: Config, state: State, prompt_ids: ArrayLike, num_correct: ArrayL
     old = _rows(state, ids)
     decay = 1.0 - 1.0 / cfg.window
     slot = old.visits % cfg.window
-    successes = decay * old.successes + c.astype(jnp.float32)
-    failures = decay * old.failures + (n - c).astype(jnp.float32)
-    outcome = _outcome(cfg, c, n, successes, failures).astype(old.history.dtype)
-    here = jnp.arange(old.history.shape[1], dtype=jnp.int32)[None, :] == slot[:, None]
     new = State(
-        history=jnp.where(here, outcome[:, None], old.history),
+        history=old.history,
         visits=old.visits + 1,
-        successes=successes,
-        failures=failures,
+        successes=decay * old.successes + c.astype(jnp.float32),
+        failures=decay * old.failures + (n - c).astype(jnp.float32),
         bin=old.bin,
     )
+    outcome = _outcome(cfg, new, c, n).astype(old.history.dtype)
+    here = jnp.arange(old.history.shape[1], dtype=jnp.int32)[None, :] == slot[:, None]
+    new = new._replace(history=jnp.where(here, outcome[:, None], old.history))
     where = jnp.where((n > 0) & (ids >= 0), ids, state.visits.shape[0])
     history = state.history
     if cfg.statistic != "beta":
@@ -185,11 +184,10 @@ def _rows(state: State, ids: jax.Array) -> State:
     return State(*(leaf.at[where].get(mode="fill", fill_value=0) for leaf in state))
 
 
-def _outcome(cfg: Config, c: jax.Array, n: jax.Array, successes: jax.Array, failures: jax.Array) -> jax.Array:
-    """The outcome of one visit, float32[P]; Eq. 10's indicator for `any`. The evidence includes this visit's."""
+def _outcome(cfg: Config, rows: State, c: jax.Array, n: jax.Array) -> jax.Array:
+    """The outcome of one visit, float32[P]; Eq. 10's indicator for `any`. The rows' evidence includes this visit's."""
     if cfg.statistic == "pass_at_k":
-        posterior = beta.pass_at_k(cfg.prior[0] + successes, cfg.prior[1] + failures, cfg.k)
-        return jnp.where(n >= cfg.k, unbiased_pass_at_k(c, n, cfg.k), posterior)
+        return jnp.where(n >= cfg.k, unbiased_pass_at_k(c, n, cfg.k), beta.pass_at_k(*_posterior(cfg, rows), cfg.k))
     return (c > 0).astype(jnp.float32)
 
 

@@ -133,9 +133,7 @@ def debiased_scores(cfg: Config, state: State) -> jax.Array:
         return scores
     visits = state.visits.astype(jnp.float32)
     mass = -jnp.expm1(visits * math.log1p(-cfg.ema)) if cfg.ema < 1.0 else jnp.minimum(visits, 1.0)
-    seen = state.visits > 0
-    debiased = jnp.where(seen, scores / jnp.maximum(mass, jnp.finfo(jnp.float32).tiny), 0.0)
-    return jnp.where(seen, debiased, jnp.sum(debiased / jnp.maximum(jnp.sum(seen, dtype=jnp.float32), 1.0)))
+    return or_others_mean(scores / jnp.maximum(mass, jnp.finfo(jnp.float32).tiny), state.visits)
 
 
 def log_omega(cfg: Config, state: State) -> jax.Array:
@@ -155,3 +153,11 @@ def bin_means(num_bins: int, bins: jax.Array, values: jax.Array) -> tuple[jax.Ar
     values = jnp.where(valid, jnp.clip(values, -_HUGE, _HUGE), 0.0)
     counts = jnp.zeros(num_bins, jnp.float32).at[bins].add(valid.astype(jnp.float32))
     return jnp.zeros(num_bins, jnp.float32).at[bins].add(values) / jnp.maximum(counts, 1.0), counts
+
+
+def or_others_mean(values: jax.Array, visits: jax.Array) -> jax.Array:
+    """`values` float32[B] or [B, A] with the mean of the bins seen in place of the bins never seen (0 if none is)."""
+    seen = (visits > 0).reshape((-1,) + (1,) * (values.ndim - 1))
+    number = jnp.maximum(jnp.sum(seen, dtype=jnp.float32), 1.0)
+    mean = jnp.sum(jnp.where(seen, values / number, 0.0), axis=0, keepdims=True)
+    return jnp.where(seen, values, mean)

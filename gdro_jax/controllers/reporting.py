@@ -55,7 +55,7 @@ def rollout_adversary(
     """
     share, steps = logged["share"], jnp.maximum(state.step, 1).astype(jnp.float32)
     weight = share * plan.weights
-    variances = rollout_gdro.or_others_mean(state.variances, state.variance_visits)  # as the allocator takes them
+    variances = prompt_gdro.or_others_mean(state.variances, state.variance_visits)  # as the allocator takes them
     law = square_root_law(variances * plan.weights, share, cfg.mean_rollouts, cfg.min_rollouts, cfg.max_rollouts)
     counts = jnp.where(share > 0, logged["rollouts_per_bin"], 1.0)
     proxy = theory.variance_proxy(weight, state.variances, counts)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gdro_jax.controllers import _checks, allocation, utilities
-from gdro_jax.controllers.prompt_gdro import bin_counts, bin_means
+from gdro_jax.controllers.prompt_gdro import bin_counts, bin_means, or_others_mean
 
 _HUGE = 1e30  # scores are kept within it
 _TIE = 1e-8  # among equally probable arms prefer the one nearest to the mean
@@ -288,14 +288,6 @@ def _values(cfg: Config, state: State, weights: jax.Array, logs: jax.Array) -> j
     losses = _losses(cfg, state._replace(price=jnp.zeros((), jnp.float32)), weights)
     span = jnp.max(jnp.max(losses, axis=1) - jnp.min(losses, axis=1))
     return -losses / jnp.where(span > 0, span, 1.0)
-
-
-def or_others_mean(values: jax.Array, visits: jax.Array) -> jax.Array:
-    """`values` float32[B] or [B, A] with the mean of the bins seen in place of the bins never seen (0 if none is)."""
-    seen = (visits > 0).reshape((-1,) + (1,) * (values.ndim - 1))
-    number = jnp.maximum(jnp.sum(seen, dtype=jnp.float32), 1.0)
-    mean = jnp.sum(jnp.where(seen, values / number, 0.0), axis=0, keepdims=True)
-    return jnp.where(seen, values, mean)
 
 
 def _losses(cfg: Config, state: State, weights: jax.Array | None) -> jax.Array:

@@ -87,9 +87,7 @@ def _nearest(ideal: jax.Array, budget: jax.Array, min_rollouts: int, max_rollout
     span = jax.lax.bitcast_convert_type(jnp.float32(3.0 * _FAR), jnp.int32)
     low, high = jax.lax.fori_loop(0, 33, halve, (-span, span))  # to neighbouring floats, over their whole range
     base = counts(_float_of(low))
-    spare = (
-        counts(_float_of(high)) - base
-    )  # more at the next shift up; over 1 only where floats are sparser than counts
+    spare = counts(_float_of(high)) - base  # at the next shift up; over 1 only where floats are sparser than counts
     threshold = base.astype(jnp.float32) + 0.5 - ideal
     order = jnp.argsort(jnp.where(spare > 0, threshold, jnp.inf))
     before = jnp.cumsum(spare[order], dtype=jnp.int32) - spare[order]

@@ -40,7 +40,7 @@ def token_logprobs(
     Returns: float32[N]. Raises: ValueError for a temperature or chunk out of range, or shapes that do not match.
     """
     static = _Static(float(temperature), chunk, False)
-    return _logprobs(static, *_checked(static, hidden, weight, targets))[0]
+    return _logprobs(static, *checked(hidden, weight, targets, static.temperature, chunk))[0]
 
 
 def token_logprobs_and_entropy(
@@ -51,7 +51,7 @@ def token_logprobs_and_entropy(
     Both are differentiable; for a metric alone put `jax.lax.stop_gradient` around the entropy.
     """
     static = _Static(float(temperature), chunk, True)
-    return _logprobs(static, *_checked(static, hidden, weight, targets))
+    return _logprobs(static, *checked(hidden, weight, targets, static.temperature, chunk))
 
 
 def chunk_rows(rows: int, vocab: int) -> int:
@@ -63,16 +63,55 @@ def chunk_rows(rows: int, vocab: int) -> int:
     return min(-(-even // ROW_MULTIPLE) * ROW_MULTIPLE, rows)
 
 
-def _checked(static: _Static, hidden: ArrayLike, weight: ArrayLike, targets: ArrayLike) -> tuple[Array, Array, Array]:
-    if not static.temperature > 0:
-        raise ValueError(f"temperature={static.temperature} must be above 0")
-    if static.chunk is not None and static.chunk < 1:
-        raise ValueError(f"chunk={static.chunk} must be at least 1, or None to have it chosen")
+def checked(
+    hidden: ArrayLike, weight: ArrayLike, targets: ArrayLike, temperature: float, chunk: int | None
+) -> tuple[Array, Array, Array]:
+    """hidden [N, D], weight [V, D] and int32 targets [N] as arrays; ValueError naming what is out of range."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1, or None to have it chosen")
     shapes = jnp.shape(hidden), jnp.shape(weight), jnp.shape(targets)
     fits = tuple(map(len, shapes)) == (2, 2, 1) and shapes[0][1] == shapes[1][1] and shapes[0][:1] == shapes[2]
     if not fits:
         raise ValueError(f"hidden, weight, targets must be [N, D], [V, D], [N]; they are {shapes}")
     return jnp.asarray(hidden), jnp.asarray(weight), jnp.asarray(targets, jnp.int32)
+
+
+class Softmax(NamedTuple):
+    """Of n rows of logits: exps [n, V] relative to each row's largest, their total, log-sum-exp, and of the target
+    its log-probability (NaN outside the vocabulary) and the entropy in nats, float32[n] each."""
+
+    exps: Array
+    total: Array
+    lse: Array
+    logprob: Array
+    entropy: Array
+
+
+def head_logits(hidden: Array, weight: Array, temperature: float) -> Array:
+    """float32[n, V] logits of hidden [n, D] at a temperature."""
+    logits = jnp.einsum("nd,vd->nv", hidden, weight, preferred_element_type=jnp.float32)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def softmax(logits: Array, target: Array) -> Softmax:
+    """What losses need of float32[n, V] logits and int32[n] targets."""
+    top = logits.max(-1, keepdims=True)
+    exps = jnp.exp(logits - top)
+    total = exps.sum(-1)
+    lse = top[:, 0] + jnp.log(total)
+    inside = (target >= 0) & (target < logits.shape[1])
+    chosen = jnp.take_along_axis(logits, jnp.where(inside, target, 0)[:, None], axis=1)[:, 0]
+    entropy = lse - (exps * logits).sum(-1) / total
+    return Softmax(exps, total, lse, jnp.where(inside, chosen - lse, jnp.nan), entropy)
+
+
+def head_gradients(slope: Array, hidden: Array, weight: Array) -> tuple[Array, Array]:
+    """Gradients of hidden [n, D] and float32[V, D] of the head from those of the logits before the temperature."""
+    slope = slope.astype(weight.dtype)
+    dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    return dot(slope, weight).astype(hidden.dtype), dot(slope.T, hidden.astype(weight.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,15 +125,8 @@ def _forward(
     rows, vocab = hidden.shape[0], weight.shape[0]
 
     def chunk(h: Array, target: Array) -> tuple[Array, Array, Array]:
-        logits = _logits(static, h, weight)
-        top = logits.max(-1, keepdims=True)
-        exps = jnp.exp(logits - top)
-        total = exps.sum(-1)
-        lse = top[:, 0] + jnp.log(total)
-        inside = (target >= 0) & (target < vocab)
-        chosen = jnp.take_along_axis(logits, jnp.where(inside, target, 0)[:, None], axis=1)[:, 0]
-        entropy = lse - (exps * logits).sum(-1) / total if static.entropy else jnp.zeros_like(lse)
-        return jnp.where(inside, chosen - lse, jnp.nan), entropy, lse
+        out = softmax(head_logits(h, weight, static.temperature), target)
+        return out.logprob, out.entropy if static.entropy else jnp.zeros_like(out.lse), out.lse
 
     size = _chunk_size(static, rows, vocab)
     if size >= rows:
@@ -117,15 +149,13 @@ def _backward(static: _Static, saved: tuple[Array, ...], cotangents: tuple[Array
     entropy = jnp.where(live, entropy, 0)
 
     def chunk(h: Array, target: Array, z: Array, ent: Array, g: Array, e: Array) -> tuple[Array, Array]:
-        logits = _logits(static, h, weight)
+        logits = head_logits(h, weight, static.temperature)
         prob = jnp.exp(logits - z[:, None])
         slope = jnp.where(jnp.arange(vocab) == target[:, None], g[:, None], 0) - g[:, None] * prob
         if static.entropy:  # d entropy / d logit = -p (log p + entropy)
             log_prob = jnp.where(prob > 0, logits - z[:, None], 0)
             slope -= e[:, None] * prob * (log_prob + ent[:, None])
-        slope = (slope / static.temperature).astype(weight.dtype)
-        dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
-        return dot(slope, weight).astype(h.dtype), dot(slope.T, h.astype(weight.dtype))
+        return head_gradients(slope / static.temperature, h, weight)
 
     size = _chunk_size(static, rows, vocab)
     arrays = (hidden, targets, lse, entropy, logprob_bar, entropy_bar)
@@ -144,11 +174,6 @@ def _backward(static: _Static, saved: tuple[Array, ...], cotangents: tuple[Array
 
 
 _logprobs.defvjp(_forward, _backward)
-
-
-def _logits(static: _Static, hidden: Array, weight: Array) -> Array:
-    logits = jnp.einsum("nd,vd->nv", hidden, weight, preferred_element_type=jnp.float32)
-    return logits if static.temperature == 1.0 else logits / static.temperature
 
 
 def _chunk_size(static: _Static, rows: int, vocab: int) -> int:

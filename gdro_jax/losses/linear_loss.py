@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gdro_jax.losses.linear_logprob import chunk_rows
+from gdro_jax.losses.linear_logprob import checked, chunk_rows, head_gradients, head_logits, softmax
 
 LossFn = Callable[..., Array]
 
@@ -74,14 +74,7 @@ def token_loss(
 
     Raises: ValueError for a temperature or chunk out of range, or shapes that do not match.
     """
-    hidden, weight, targets = jnp.asarray(hidden), jnp.asarray(weight), jnp.asarray(targets, jnp.int32)
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be above 0")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1, or None to have it chosen")
-    shapes = hidden.shape, weight.shape, targets.shape
-    if tuple(map(len, shapes)) != (2, 2, 1) or shapes[0][1] != shapes[1][1] or shapes[0][:1] != shapes[2]:
-        raise ValueError(f"hidden, weight, targets must be [N, D], [V, D], [N]; they are {shapes}")
+    hidden, weight, targets = checked(hidden, weight, targets, temperature, chunk)
     for name, value in [("active", active), *((f"args[{i}]", arg) for i, arg in enumerate(args))]:
         if jnp.shape(value) != targets.shape:
             raise ValueError(f"{name} must have shape {targets.shape}, it has {jnp.shape(value)}")
@@ -160,18 +153,8 @@ def _run(
 def _chunk(static: _Static, weight: Array, h: Array, target: Array, live: Array, *rest: Array | bool) -> _Sums:
     """One chunk: h [n, D], target and live [n]; `rest` are the slices of args, and last whether gradients are made."""
     *args, gradients = rest
-    vocab = weight.shape[0]
-    logits = jnp.einsum("nd,vd->nv", h, weight, preferred_element_type=jnp.float32)
-    if static.temperature != 1.0:
-        logits = logits / static.temperature
-    top = logits.max(-1, keepdims=True)
-    exps = jnp.exp(logits - top)
-    total = exps.sum(-1)
-    lse = top[:, 0] + jnp.log(total)
-    inside = (target >= 0) & (target < vocab)
-    chosen = jnp.take_along_axis(logits, jnp.where(inside, target, 0)[:, None], axis=1)[:, 0]
-    logprob = jnp.where(live, jnp.where(inside, chosen - lse, jnp.nan), 0.0)
-    entropy = jnp.where(live, lse - (exps * logits).sum(-1) / total, 0.0)
+    out = softmax(head_logits(h, weight, static.temperature), target)
+    logprob, entropy = (jnp.where(live, x, 0.0) for x in (out.logprob, out.entropy))
 
     def objective(logprob: Array) -> Array:
         return jnp.where(live, static.loss_fn(logprob, *args), 0.0).sum()
@@ -180,7 +163,6 @@ def _chunk(static: _Static, weight: Array, h: Array, target: Array, live: Array,
         return _Sums(objective(logprob), logprob, entropy, None, None)
     loss, g = jax.value_and_grad(objective)(logprob)
     g = g / static.temperature
-    hot = jnp.arange(vocab) == target[:, None]
-    slope = (jnp.where(hot, g[:, None], 0) - (g / total)[:, None] * exps).astype(weight.dtype)
-    dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
-    return _Sums(loss, logprob, entropy, dot(slope, weight).astype(h.dtype), dot(slope.T, h.astype(weight.dtype)))
+    hot = jnp.arange(weight.shape[0]) == target[:, None]
+    slope = jnp.where(hot, g[:, None], 0) - (g / out.total)[:, None] * out.exps
+    return _Sums(loss, logprob, entropy, *head_gradients(slope, h, weight))
