@@ -12,11 +12,11 @@ from gdro_jax import report as reports
 from gdro_jax.data import sources
 from gdro_jax.evaluation import store
 from gdro_jax.models.hf import CheckpointError
-from gdro_jax.training import config_io, inputs, setup
+from gdro_jax.training import config_io, inputs, run_folder, setup
 from gdro_jax.training import export as exporting
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
-from gdro_jax.training.loop import Trainer, claim
+from gdro_jax.training.loop import Trainer
 from gdro_jax.training.progress import Progress
 
 BAD_INPUT_ERRORS = (
@@ -50,7 +50,7 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
         label: setup.assemble(run, policies[run.model], data) for label, run in runs.items()
     }  # mistakes come first
     for run in runs.values():
-        claim(run, write=False)
+        run_folder.claim(run, write=False)
     folder = setup.claim_folder(config.compare.output, "compare.output")
     labels = {label: {"method": label.rsplit("-seed", 1)[0], "seed": run.run.seed} for label, run in runs.items()}
     listing = {"methods": list(config.compare.methods), "seeds": list(config.compare.seeds), "runs": labels}
@@ -77,30 +77,14 @@ def comparison(config: Config) -> dict[str, Config]:
     for seed in config.compare.seeds:
         for method, changes in config.compare.methods.items():
             label = f"{method}-seed{seed}"
-            if not isinstance(changes, dict | None):
-                raise config_io.ConfigError(f"compare.methods.{method}={changes!r}: expected sections, or nothing")
-            if not re.fullmatch(r"[\w+-][\w.+-]*", str(method)):
-                raise config_io.ConfigError(
-                    f"compare.methods: {method!r} names a folder; expected letters, digits and any of _ . + -"
-                )
-            other = sorted(set(changes or {}) - {"controller", "train"})
-            if other:
-                raise config_io.ConfigError(
-                    f"compare.methods.{method}: changes {', '.join(map(str, other))}; methods differ in controller and "
-                    "train alone, on the same prompts, at the same budget"
-                )
             raw = _merged(shared, {"controller": {"name": method}})
-            raw = _merged(raw, changes or {})
+            raw = _merged(raw, _changes(method, changes))
             raw = _merged(raw, {"run": {"seed": seed, "output": str(pathlib.Path(config.compare.output) / label)}})
             runs[label] = config_io.from_dict(raw, where=f"compare.methods.{method}")
-            one, all_ = runs[label], config
             unlike = [
-                name
-                for name, mine, theirs in (
-                    ("train.prompts_per_step", one.train.prompts_per_step, all_.train.prompts_per_step),
-                    ("controller.mean_rollouts", one.controller.mean_rollouts, all_.controller.mean_rollouts),
-                )
-                if mine != theirs
+                f"{section}.{field}"
+                for section, field in (("train", "prompts_per_step"), ("controller", "mean_rollouts"))
+                if getattr(getattr(runs[label], section), field) != getattr(getattr(config, section), field)
             ]
             if unlike:
                 raise config_io.ConfigError(
@@ -108,6 +92,27 @@ def comparison(config: Config) -> dict[str, Config]:
                     "methods are compared on the same prompts, at the same budget"
                 )
     return runs
+
+
+def _changes(method: str, changes: object) -> dict:
+    """The sections that a method changes.
+
+    Raises:
+      ConfigError: no sections, sections that all methods must share, or a label that is no name for a folder.
+    """
+    if not isinstance(changes, dict | None):
+        raise config_io.ConfigError(f"compare.methods.{method}={changes!r}: expected sections, or nothing")
+    if not re.fullmatch(r"[\w+-][\w.+-]*", str(method)):
+        raise config_io.ConfigError(
+            f"compare.methods: {method!r} names a folder; expected letters, digits and any of _ . + -"
+        )
+    other = sorted(set(changes or {}) - {"controller", "train"})
+    if other:
+        raise config_io.ConfigError(
+            f"compare.methods.{method}: changes {', '.join(map(str, other))}; methods differ in controller and train "
+            "alone, on the same prompts, at the same budget"
+        )
+    return changes or {}
 
 
 def export(source: str, out: str, dtype: str | None, max_file_bytes: int) -> int:

@@ -12,6 +12,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import importlib.resources
 import pathlib
+import signal
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -51,3 +53,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: qwen3.Qwen
     folder = tmp_path_factory.mktemp("models") / "tiny"
     hf.save(tiny_model, folder, tokenizer_from=EMBEDDED)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers() -> Iterator[None]:
+    """The command line takes the signals over; tests give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -16,15 +16,6 @@ from gdro_jax.rewards.verifier import grades_of
 from gdro_jax.training import ConfigError, config_io, inputs
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """The command line takes the signals over; tests give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def problems(tmp_path):
     """Six problems of two strata."""

@@ -1,7 +1,6 @@
 """`gdro eval` on benchmarks: kept responses, resuming, grading again, comparing; GPQA is written nowhere."""
 
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -19,14 +18,6 @@ SETTINGS = (
     "--data.verifier_timeout=60",
 )
 BOXED = "\\boxed{%s}"
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def invoke(*arguments: object) -> int:

@@ -46,7 +46,7 @@ class Checkpoints:
         args = ocp.args.Composite(arrays=wanted, counters=ocp.args.JsonRestore())
         saved = self._manager.restore(step, args=args)
         leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-        arrays = [saved["arrays"].get(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+        arrays = [saved["arrays"][jax.tree_util.keystr(path)] if leaf.size else leaf for path, leaf in leaves]
         return jax.tree.unflatten(structure, arrays), saved["counters"]
 
     def close(self) -> None:

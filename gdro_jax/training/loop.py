@@ -19,7 +19,7 @@ from gdro_jax.evaluation import run as evaluation
 from gdro_jax.models import qwen3
 from gdro_jax.rewards import shaping
 from gdro_jax.sampling import Rollouts, Sampler
-from gdro_jax.training import batching, config_io, records, setup, step
+from gdro_jax.training import batching, records, run_folder, setup, step
 from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
@@ -81,7 +81,7 @@ class Trainer:
         opt_state = step.make_optimiser(config.train).init(parts.policy.model)
         rule_state = parts.rule.init(self._fold(_INIT))
         self.state = State(step.Learner(parts.policy.model, opt_state), rule_state)
-        claim(config)
+        run_folder.claim(config)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.run.keep_checkpoints)
         self._pending: records.Record | None = None  # a step's record that is not in the log yet
         resumed = self._resume()
@@ -140,17 +140,18 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
+    def _last(self) -> bool:
+        return self.step == self.config.run.steps
+
     def _evaluation_due(self) -> bool:
-        last = self.step == self.config.run.steps
-        return self._evaluator is not None and (last or self._due(self.config.eval.every))
+        return self._evaluator is not None and (self._last() or self._due(self.config.eval.every))
 
     def _finish(self, record: records.Record) -> records.Record:
         """The step's evaluation, if it is due, and its line in the log."""
         if self._evaluation_due():
-            last = self.step == self.config.run.steps
-            if last:
+            if self._last():
                 self.save()  # evaluating everything takes a while
-            record = record | self._evaluate(final=last)
+            record = record | self._evaluate(final=self._last())
         written, self._pending = self._write(record), None
         return written
 
@@ -308,36 +309,3 @@ def _outcome(collected: Collected, num_prompts: int) -> controllers.Outcome:
         signal=np.zeros(num_prompts, np.float32),
         reward_variance=variance.astype(np.float32),
     )
-
-
-def claim(config: Config, write: bool = True) -> None:
-    """Makes the run's folder, or checks that the run in it is this one (its length and logging may differ).
-
-    With `write=False` only looks.
-
-    Raises:
-      setup.InputError: the folder holds something else, or cannot be written.
-    """
-    folder = pathlib.Path(config.run.output)
-    file = folder / "config.yaml"
-    if file.exists():
-        found = config_io.load(file)
-        mine, theirs = config_io.to_dict(config), config_io.to_dict(found)
-        unlike = [
-            f"{section}.{name}={theirs[section][name]!r}, now {value!r}"
-            for section, fields in mine.items()
-            for name, value in fields.items()
-            if value != theirs[section][name] and (section not in ("run", "compare") or name == "seed")
-        ]
-        if unlike:
-            raise setup.InputError(
-                f"run.output={config.run.output!r}: holds a run of another configuration ({'; '.join(unlike)}); "
-                "choose another folder, or give the same settings to resume it"
-            )
-    elif any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl")):
-        raise setup.InputError(
-            f"run.output={config.run.output!r}: holds a run without its config.yaml; choose another folder"
-        )
-    if write:
-        setup.claim_folder(str(folder), "run.output")
-        config_io.save(config, file)

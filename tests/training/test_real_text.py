@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import signal
 
 import pytest
 import transformers
@@ -21,15 +20,6 @@ ROWS = [
     {"problem": "Two lines:\n  how many of them are parallel?", "answer": r"\text{both}", "level": 2},
     {"problem": r"Give $(r,\theta)$ of (0,3).", "answer": r"\left( 3, \frac{\pi}{2} \right)", "level": 5},
 ]
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """The command line takes the signals over; tests give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def command(tmp_path: pathlib.Path, vocab: int, stops: int | list[int], tokenizer: pathlib.Path, problems: list[dict]):
