@@ -17,14 +17,15 @@ _UNUSED = {  # sections and fields that a command does not look at: giving one i
     "train": ("compare",),
     "compare": ("run.seed", "run.output", "controller.name"),
     "eval": (
-        *(
-            f"run.{name}"
-            for name in ("output", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "save_model")
-        ),
-        *("controller", "train", "compare", "model.path", "eval.data", "eval.every", "eval.problems_per_stratum"),
+        *("controller", "train", "compare", "reward", "model.path", "model.param_dtype", "model.remat"),
+        *(f"run.{n}" for n in ("output", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "save_model")),
+        *(f"data.{n}" for n in ("train", "mixture", "loader", "contamination", "benchmarks")),
+        *(f"sampling.{n}" for n in ("temperature", "top_p", "top_k")),
+        *(f"eval.{n}" for n in ("data", "every", "problems_per_stratum")),
     ),
-    "regrade": (),
 }
+_USED = {"regrade": ("data.verifier_workers", "data.verifier_timeout", "data.max_unscorable")}  # and nothing else
+_WITHOUT_FIELDS = ("report", "export", "compare-evals")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,17 +36,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Stop:
-    """Turns the first interrupt or termination signal into a request to stop after the step; a second one is final."""
+    """Turns the first interrupt or termination signal into a request to stop; a second one is final.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Args:
+      what: happens at the first signal, for the person who sent it.
+    """
+
+    def __init__(self, what: str = "stopping after this step, with a checkpoint") -> None:
+        self.asked, self.what = False, what
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._heard)
 
     def _heard(self, number: int, frame: object) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
+        os.write(2, f"\n{self.what}; once more to stop at once\n".encode())
 
     def __call__(self) -> bool:
         return self.asked
@@ -61,15 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gdro_jax.training.config_io import load
 
     try:
-        if known.command in ("report", "export") and overrides:
+        if known.command in _WITHOUT_FIELDS and overrides:
             parser.error(f"unknown option --{overrides[0][0]}")
         if known.command == "report":
             return commands.report(known.folders, known.out)
         if known.command == "export":
             return commands.export(known.source, known.out, known.dtype, known.max_file_bytes)
         if known.command == "compare-evals":
-            if overrides:
-                parser.error(f"unknown option --{overrides[0][0]}")
             eval_commands.compare_evals(known.folders, known.out)
             return DONE
         for name, _ in overrides:
@@ -84,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (known.problems is None) == (not names):
                 parser.error("eval: either a file of problems or --benchmarks is needed")
             asked = (known.problems, names, known.benchmark_folder, known.out)
-            return DONE if eval_commands.evaluate(known.model, *asked, config, _Stop()) else STOPPED
+            stop = _Stop("stopping after this batch of problems" + ", kept" * (known.out is not None))
+            return DONE if eval_commands.evaluate(known.model, *asked, config, stop) else STOPPED
         run = commands.train if known.command == "train" else commands.compare
         return DONE if run(config, _Stop()) else STOPPED
     except (*commands.BAD_INPUT_ERRORS, *commands.FAULTS) as error:
@@ -93,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _unused(command: str, name: str) -> bool:
+    if command in _USED:
+        return name not in _USED[command]
     return any(name == unused or name.startswith(unused + ".") for unused in _UNUSED[command])
 
 
@@ -110,8 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "report": "figures and report.html of one run, or of several compared",
     }
     for name, text in texts.items():
-        fieldless = name in ("report", "export", "compare-evals")
-        epilog = None if fieldless else f"Every field, with its default:\n{_fields(name)}"
+        epilog = None if name in _WITHOUT_FIELDS else f"Every field, with its default:\n{_fields(name)}"
         sub = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         if name == "report":

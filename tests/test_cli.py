@@ -139,6 +139,14 @@ BAD = {
         ["eval", "{tiny}", "embedded", "--train.kl_coef=0"],
         "--train.kl_coef does nothing in gdro eval",
     ),
+    "how training samples, given to evaluation": (
+        ["eval", "{tiny}", "embedded", "--sampling.temperature=0.5"],
+        "--sampling.temperature does nothing in gdro eval",
+    ),
+    "a field that grading again does not use": (
+        ["regrade", "{tmp}", "--data.verifier=math"],
+        "--data.verifier does nothing in gdro regrade",
+    ),
     "a method that is no section": (["compare", MODEL, "--compare.methods.uniform=3"], "compare.methods.uniform=3"),
     "an unknown method": (["compare", MODEL, "--compare.methods.unform="], "unknown rule 'unform'"),
     "seeds that repeat": (["compare", "--compare.seeds=[1, 1]"], "compare.seeds=[1, 1]: must be distinct"),
@@ -224,7 +232,7 @@ def test_help_names_every_field(command, capsys):
     for section, fields in config_io.to_dict(config_io.load()).items():
         for field in fields:  # but for those that the command refuses
             assert (f"--{section}.{field} " in text) != cli._unused(command, f"{section}.{field}")
-    assert "--sampling.slots  null" in text and "--data.verifier_workers  2" in text
+    assert "--data.verifier_workers  2" in text and ("--sampling.slots  null" in text) == (command != "regrade")
 
 
 def test_general_help_names_every_command(capsys):

@@ -96,7 +96,7 @@ def test_an_interrupt_costs_nothing(evaluated, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_commands.run, "texts", texts)
     whole = read(place / "one")
     stops = iter([False, True])
-    monkeypatch.setattr(cli, "_Stop", lambda: lambda: next(stops, False))
+    monkeypatch.setattr(cli, "_Stop", lambda _: lambda: next(stops, False))
     assert invoke("eval", "embedded", *asked, "--out", tmp_path) == 75
     file = tmp_path / "math500.responses.jsonl"
     assert len(read(tmp_path)) == 24
