@@ -154,20 +154,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """The other words, and the pairs from `--section.field VALUE` and `--section.field=VALUE`, wherever they stand."""
-    others, pairs, words = [], [], list(arguments)
+    """The other words, and the pairs from `--section.field VALUE` and `--section.field=VALUE`, wherever they stand.
+
+    Of the others, options come last: argparse would give a value that may be left out none if it stood behind one.
+    """
+    others, options, pairs, words = [], [], [], list(arguments)
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in name:
+        if not word.startswith("-") or word == "-":
             others.append(word)
+            continue
+        if "." not in name or not word.startswith("--"):
+            options.append(word)
+            if not equals and word not in ("-h", "--help") and words:
+                options.append(words.pop(0))
             continue
         if not equals:
             if not words or words[0].startswith("--"):
                 parser.error(f"{word} needs a value")
             value = words.pop(0)
         pairs.append((name, value))
-    return others, pairs
+    return others + options, pairs
 
 
 def _benchmarks() -> str:

@@ -50,7 +50,7 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
         label: setup.assemble(run, policies[run.model], data) for label, run in runs.items()
     }  # mistakes come first
     for run in runs.values():
-        run_folder.claim(run, write=False)
+        run_folder.check(run)
     folder = setup.claim_folder(config.compare.output, "compare.output")
     labels = {label: {"method": label.rsplit("-seed", 1)[0], "seed": run.run.seed} for label, run in runs.items()}
     listing = {"methods": list(config.compare.methods), "seeds": list(config.compare.seeds), "runs": labels}

@@ -2,16 +2,20 @@
 """Eight host devices on the CPU for every test, and the small model folder that several rooms share."""
 
 import os
+import pathlib
 
 # Tests are made of many small programs: compiling them takes most of the time, and halves without optimisation.
 for flag, value in (("--xla_force_host_platform_device_count", 8), ("--xla_backend_optimization_level", 0)):
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests, and the processes that they start, compile the same programs: each is compiled once and kept.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import importlib.resources
-import pathlib
 import signal
 from collections.abc import Iterator
 

@@ -254,6 +254,7 @@ def test_overrides_stand_anywhere(monkeypatch):
         ["eval", "--eval.samples", "9", "m", "--run.seed=4", "p", "--out", "o"],
         ["eval", "m", "p", "--out=o", "--eval.samples=9", "--run.seed", "4"],
         ["--run.seed", "4", "eval", "m", "p", "--out", "o", "--eval.samples", "9"],
+        ["eval", "m", "--eval.samples", "9", "--out", "o", "p", "--run.seed=4"],
     )
     for arguments in orders:
         seen.clear()

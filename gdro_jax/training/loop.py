@@ -4,6 +4,7 @@ Randomness is stateless: a key is folded from (seed, purpose, step), a row's fro
 that is stopped and resumed goes on exactly as if it had not been.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -81,16 +82,12 @@ class Trainer:
         opt_state = step.make_optimiser(config.train).init(parts.policy.model)
         rule_state = parts.rule.init(self._fold(_INIT))
         self.state = State(step.Learner(parts.policy.model, opt_state), rule_state)
-        run_folder.claim(config)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.run.keep_checkpoints)
         self._pending: records.Record | None = None  # a step's record that is not in the log yet
-        resumed = self._resume()
-        try:
-            self.log = records.MetricsFile(self.folder / "metrics.jsonl", self.step if resumed else None)
-        except ValueError as error:
-            raise setup.InputError(str(error)) from None
-        if self.log.last is not None:  # it knows of the evaluation that followed the checkpoint
-            self.ledger, self._pending = Ledger(**self.log.last["ledger"]), None
+        with contextlib.ExitStack() as on_error:
+            self._lock = run_folder.claim(config)
+            on_error.callback(self._lock.release)
+            self._open()
+            on_error.pop_all()
 
     def run(self, on_record: Callable[[records.Record], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains to the last step; True when done, False when `stop` asked for an end.
@@ -137,6 +134,17 @@ class Trainer:
         counters |= {"data": self.parts.train.fingerprint}
         self.checkpoints.save(self.step, self.state, counters)
 
+    def _open(self) -> None:
+        """Goes on from the latest checkpoint, if there is one, with a log that fits it."""
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.run.keep_checkpoints)
+        resumed = self._resume()
+        try:
+            self.log = records.MetricsFile(self.folder / "metrics.jsonl", self.step if resumed else None)
+        except ValueError as error:
+            raise setup.InputError(str(error)) from None
+        if self.log.last is not None:  # it knows of the evaluation that followed the checkpoint
+            self.ledger, self._pending = Ledger(**self.log.last["ledger"]), None
+
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
@@ -159,6 +167,7 @@ class Trainer:
         """Closes files; safe after an error."""
         self.log.close()
         self.checkpoints.close()
+        self._lock.release()
 
     def _fold(self, purpose: int, number: int = 0) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.key, purpose), number)

@@ -2,18 +2,38 @@
 
 import pathlib
 
+import filelock
+
 from gdro_jax.training import config_io
 from gdro_jax.training.config import Config
 from gdro_jax.training.setup import InputError, claim_folder
 
 
-def claim(config: Config, write: bool = True) -> None:
-    """Makes the run's folder, or checks that the run in it is this one (its length and logging may differ).
+def claim(config: Config) -> filelock.BaseFileLock:
+    """Makes the run's folder, or checks that the run in it is this one, and keeps other processes out of it.
 
-    With `write=False` only looks.
+    Returns:
+      The lock, held; it ends with the process if it is not released.
 
     Raises:
-      InputError: the folder holds something else, or cannot be written.
+      InputError: the folder holds something else, is in use, or cannot be written.
+    """
+    check(config)
+    folder = claim_folder(config.run.output, "run.output")
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"run.output={config.run.output!r}: another process is training in it") from None
+    config_io.save(config, folder / "config.yaml")
+    return lock
+
+
+def check(config: Config) -> None:
+    """Refuses a folder that holds something else than the run of `config` (its length and logging may differ).
+
+    Raises:
+      InputError: what differs.
     """
     folder = pathlib.Path(config.run.output)
     file = folder / "config.yaml"
@@ -35,6 +55,3 @@ def claim(config: Config, write: bool = True) -> None:
         raise InputError(
             f"run.output={config.run.output!r}: holds a run without its config.yaml; choose another folder"
         )
-    if write:
-        claim_folder(str(folder), "run.output")
-        config_io.save(config, file)

@@ -20,8 +20,12 @@ UNTIMED = ("seconds", "compile_seconds", "eval_seconds")
 
 
 def train(trainer, stop_at: int | None = None) -> list[dict]:
+    """Runs and closes."""
     records = []
-    trainer.run(records.append, lambda: stop_at is not None and trainer.step >= stop_at)
+    try:
+        trainer.run(records.append, lambda: stop_at is not None and trainer.step >= stop_at)
+    finally:
+        trainer.close()
     return records
 
 
@@ -118,6 +122,17 @@ def test_a_folder_of_another_configuration_is_refused(configure, launch, tmp_pat
         assert "\n" not in str(caught.value) and str(tmp_path / "run") in str(caught.value)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     launch(configure("run.steps=2", "run.log_every=3", "run.keep_checkpoints=1"))  # these may change
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(configure, launch, tmp_path):
+    first = launch(configure("run.steps=1"))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(InputError, match=r"run\.output=.*run': another process is training in it"):
+        launch(configure("run.steps=2"))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    train(first)
+    first.close()
+    assert launch(configure("run.steps=2")).step == 1
 
 
 def test_a_folder_that_lost_its_configuration_is_refused(configure, launch, tmp_path):
