@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gdro_jax.models import qwen3
+from gdro_jax.models import attention, qwen3
 
 
 class Cache(NamedTuple):
@@ -114,7 +114,7 @@ def decode(
     Returns:
       The final hidden state [S, D], which predicts response token `position + 1`, and the cache with one more filled.
     """
-    turn = qwen3._rotation(model.config, (prompts.length[prompt] + position)[:, None])
+    turn = qwen3.rotation(model.config, (prompts.length[prompt] + position)[:, None])
     window, length = cache.k.shape[3], prompts.k.shape[3]
     own = jnp.arange(window) < position[:, None]
     seen = jnp.arange(length) < prompts.length[tiles.prompt][:, None]
@@ -133,10 +133,10 @@ def decode(
             mixed = _merge(parts).astype(v.dtype)
             return mixed.reshape(mixed.shape[0], 1, -1, mixed.shape[-1]), (k, v)
 
-        return qwen3._block(model.config, weights, x, turn, attend)
+        return qwen3.run_block(model.config, weights, x, turn, attend)
 
-    layers = (qwen3._block_weights(model), prompts.k, prompts.v, cache.k, cache.v)
-    x, (k, v) = jax.lax.scan(block, qwen3._embed(model, token[:, None]), layers)
+    layers = (qwen3.block_weights(model), prompts.k, prompts.v, cache.k, cache.v)
+    x, (k, v) = jax.lax.scan(block, qwen3.embed_tokens(model, token[:, None]), layers)
     slot = jnp.arange(token.shape[0])
     filled = Cache(
         *(
@@ -144,7 +144,7 @@ def decode(
             for old, new in zip(cache, (k, v), strict=True)
         )
     )
-    return qwen3._final_norm(model, x[:, 0]), filled
+    return qwen3.final_norm(model, x[:, 0]), filled
 
 
 def _score(products: jax.Array, like: jax.Array) -> jax.Array:
@@ -159,7 +159,7 @@ def _one(q: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _over(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> _Part:
     """Attention of q [N, K, M, C] over k, v [N, K, U, C] where mask bool[N, U]."""
     products = jnp.einsum("nkmc,nkuc->nkmu", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], _score(products, k), qwen3._MASKED)
+    scores = jnp.where(mask[:, None, None], _score(products, k), attention.MASKED)
     top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
     mixed = jnp.einsum("nkmu,nkuc->nkmc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)

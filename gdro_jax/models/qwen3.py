@@ -1,7 +1,7 @@
 """The Qwen3 policy in Flax: `prefill` and `extend`, shared by the sampler and the trainer.
 
 `prefill` runs each prompt once and returns its keys and values; `extend` runs whole responses over them (trainer), and
-`decode.decode` one token at a time with a cache (sampler). All go through `_block`, so sampler and trainer cannot
+`decode.decode` one token at a time with a cache (sampler). All go through `run_block`, so sampler and trainer cannot
 disagree. Blocks are stacked on a leading axis and scanned: program size does not grow with depth.
 
 Architecture: Qwen3 Technical Report, arXiv 2505.09388 (section 2), as published in `Qwen/Qwen3-*-Base`.
@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gdro_jax.models import rope
+from gdro_jax.models import attention, rope
 from gdro_jax.models.config import ParamSpec, Qwen3Config, num_params, param_specs, stored_shape
 
 __all__ = [
-    "ParamSpec", "PromptKV", "Qwen3", "Qwen3Config", "extend", "init", "logits", "num_params", "param_specs",
-    "prefill", "stored_shape", "unembed", "unembed_weight", "working",
+    "ParamSpec", "PromptKV", "Qwen3", "Qwen3Config", "block_weights", "embed_tokens", "extend", "final_norm", "init",
+    "logits", "num_params", "param_specs", "prefill", "rotation", "run_block", "stored_shape", "unembed",
+    "unembed_weight", "working",
 ]  # fmt: skip
 
 Aux = TypeVar("Aux")
 REMAT = ("none", "products", "block")
-_MASKED = -1e30  # finite, so that a row with nothing to attend to gives finite garbage, never NaN
 
 
 class Qwen3(nnx.Module):
@@ -129,7 +129,7 @@ def logits(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> jax.Array:
       float32[N, S, V]; entries at padding are finite and meaningless.
     """
     hidden, _ = _full(model, tokens, mask)
-    return unembed(model, _final_norm(model, hidden))
+    return unembed(model, final_norm(model, hidden))
 
 
 def prefill(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[PromptKV, jax.Array]:
@@ -146,7 +146,7 @@ def prefill(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[PromptKV,
     hidden, (k, v) = _full(model, tokens, mask)
     length = mask.sum(-1, dtype=jnp.int32)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    return PromptKV(k, v, mask, length), _final_norm(model, last)
+    return PromptKV(k, v, mask, length), final_norm(model, last)
 
 
 def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, prompt_index: jax.Array) -> jax.Array:
@@ -162,37 +162,37 @@ def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, promp
       Final hidden states [R, T, D]; position t predicts response token t + 1.
     """
     steps = jnp.arange(tokens.shape[1])
-    turn = _rotation(model.config, kv.length[prompt_index][:, None] + steps)
+    turn = rotation(model.config, kv.length[prompt_index][:, None] + steps)
     own = (steps[None, :, None] >= steps[None, None, :]) & mask[:, None, :]  # [R, T, T]
     seen = jnp.broadcast_to(kv.mask[prompt_index][:, None, :], (*tokens.shape, kv.mask.shape[1]))
 
     def attend(layer_kv: tuple[jax.Array, jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         shared_k, shared_v = layer_kv[0][prompt_index], layer_kv[1][prompt_index]
-        return _attention(q, [(shared_k, shared_v, seen), (k, v, own)])
+        return attention.attend(q, [(shared_k, shared_v, seen), (k, v, own)])
 
     def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
         weights, layer_kv = layer
-        x, _ = _block(model.config, weights, x, turn, lambda q, k, v: (attend(layer_kv, q, k, v), None))
+        x, _ = run_block(model.config, weights, x, turn, lambda q, k, v: (attend(layer_kv, q, k, v), None))
         return x, None
 
-    layers = (_block_weights(model), (kv.k, kv.v))
-    x, _ = jax.lax.scan(_remat(model, block), _embed(model, jnp.where(mask, tokens, 0)), layers)
-    return _final_norm(model, x)
+    layers = (block_weights(model), (kv.k, kv.v))
+    x, _ = jax.lax.scan(_remat(model, block), embed_tokens(model, jnp.where(mask, tokens, 0)), layers)
+    return final_norm(model, x)
 
 
 def _full(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Causal self-attention over whole sequences: hidden states before the final norm, and keys and values."""
-    turn = _rotation(model.config, jnp.maximum(jnp.cumsum(mask, -1) - 1, 0))
+    turn = rotation(model.config, jnp.maximum(jnp.cumsum(mask, -1) - 1, 0))
     steps = jnp.arange(tokens.shape[1])
     causal = (steps[None, :, None] >= steps[None, None, :]) & mask[:, None, :]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return _attention(q, [(k, v, causal)]), (k, v)
+        return attention.attend(q, [(k, v, causal)]), (k, v)
 
     def block(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return _block(model.config, weights, x, turn, attend)
+        return run_block(model.config, weights, x, turn, attend)
 
-    return jax.lax.scan(_remat(model, block), _embed(model, jnp.where(mask, tokens, 0)), _block_weights(model))
+    return jax.lax.scan(_remat(model, block), embed_tokens(model, jnp.where(mask, tokens, 0)), block_weights(model))
 
 
 def _remat(model: Qwen3, block: Callable) -> Callable:
@@ -206,27 +206,29 @@ def _compute_dtype(model: Qwen3) -> jnp.dtype:
     return jnp.dtype(model.compute_dtype or model.embed.dtype)
 
 
-def _embed(model: Qwen3, tokens: jax.Array) -> jax.Array:
-    """Rows are taken before they are cast, so that gradients of a token's many occurrences add up in float32."""
+def embed_tokens(model: Qwen3, tokens: jax.Array) -> jax.Array:
+    """Embeddings [..., D]; cast after rows are taken: gradients of a token's many occurrences add up in float32."""
     return jnp.take(model.embed[...], tokens, axis=0).astype(_compute_dtype(model))
 
 
-def _final_norm(model: Qwen3, x: jax.Array) -> jax.Array:
+def final_norm(model: Qwen3, x: jax.Array) -> jax.Array:
+    """The norm [..., D] before the output matrix."""
     return _rms_norm(x, model.final_norm[...].astype(x.dtype), model.config.rms_norm_eps)
 
 
-def _block_weights(model: Qwen3) -> dict[str, jax.Array]:
+def block_weights(model: Qwen3) -> dict[str, jax.Array]:
+    """The stacked parameters by name, what blocks are scanned over."""
     return {name: getattr(model, name)[...] for name, spec in param_specs(model.config).items() if spec.stacked}
 
 
-def _block(
+def run_block(
     config: Qwen3Config,
     weights: dict[str, jax.Array],
     x: jax.Array,
     turn: tuple[jax.Array, jax.Array],
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]],
 ) -> tuple[jax.Array, Aux]:
-    """One pre-norm block: x [N, S, D], `turn` from `_rotation`; `attend` does the mixing and returns what it keeps."""
+    """One pre-norm block: x [N, S, D], `turn` from `rotation`; `attend` does the mixing and returns what it keeps."""
     c, w = config, {name: array.astype(x.dtype) for name, array in weights.items()}
     h = _rms_norm(x, w["input_norm"], c.rms_norm_eps)
     q, k, v = (_heads(_matmul(h, w[f"{n}_proj"]) + w.get(f"{n}_bias", 0), c.head_dim) for n in "qkv")
@@ -254,37 +256,6 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return scale * normed.astype(x.dtype)
 
 
-def _rotation(config: Qwen3Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotation(config: Qwen3Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `run_block` turns queries and keys by at positions int32[N, S]."""
     return rope.rotation(config.head_dim, config.rope_theta, config.rope_scaling, positions)
-
-
-def _attention(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """Grouped-query attention over several pieces of context under one softmax.
-
-    Args:
-      q: [N, S, H, C].
-      parts: (k, v, mask) with k, v [N, U, K, C] and mask bool[N, S, U]; pieces may differ in U.
-
-    Returns:
-      [N, S, H, C].
-    """
-    n, s, h, c = q.shape
-    grouped = q.reshape(n, s, parts[0][0].shape[2], -1, c)
-    scores = [
-        jnp.where(
-            mask[:, None, None],
-            jnp.einsum("nskgc,nukc->nkgsu", grouped, k, preferred_element_type=jnp.float32) * c**-0.5,
-            _MASKED,
-        )
-        for k, _, mask in parts
-    ]
-    top = jax.lax.stop_gradient(
-        jnp.max(jnp.concatenate([x.max(-1, keepdims=True) for x in scores], -1), -1, keepdims=True)
-    )
-    weights = [jnp.exp(x - top) for x in scores]
-    total = sum(x.sum(-1, keepdims=True) for x in weights)
-    mixed = sum(
-        jnp.einsum("nkgsu,nukc->nskgc", (x / total).astype(v.dtype), v)
-        for x, (_, v, _) in zip(weights, parts, strict=True)
-    )
-    return jnp.asarray(mixed).reshape(n, s, h, c)

@@ -37,7 +37,7 @@ def test_gradients_of_a_token_s_many_occurrences_add_up_in_float32() -> None:
     """A thousand gradients of one each: in bfloat16 the sum would stop at 256."""
 
     def total(model: qwen3.Qwen3) -> jax.Array:
-        return qwen3._embed(model, jnp.full((1, 1000), 5)).astype(jnp.float32).sum()
+        return qwen3.embed_tokens(model, jnp.full((1, 1000), 5)).astype(jnp.float32).sum()
 
     gradient = jax.grad(total)(MIXED).embed[...]
     assert gradient.dtype == jnp.float32
