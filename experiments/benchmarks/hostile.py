@@ -76,7 +76,7 @@ HOSTILE = {
     "deep brackets": box("(" * DEEP + "5" + ")" * DEEP),
     "deep braces": box("{" * DEEP + "5" + "}" * DEEP),
     "deep roots": box("\\sqrt{" * DEEP + "5" + "}" * DEEP),
-    "closing braces": box("7" + "}" * 100_000 + "\\boxed{5"),
+    "closing braces": box("7" + "}" * 100_000 + "\\boxed{6"),
     "backslashes": "\\" * 1_000_000,
     "dollars": box("$" * 1900),
     "spaces": " " * 2_000_000,
@@ -131,7 +131,7 @@ def grade_off_the_main_thread(verifier: MathVerifier, rows: list[str]) -> tuple[
     return found[0]
 
 
-SETTLE = 1.8  # seconds that a new worker takes to be ready, and more
+SETTLE = 3.0  # seconds that a new worker takes to be ready, and more
 
 
 def kind(reason: str) -> str:
@@ -146,10 +146,11 @@ def main() -> None:
     with MathVerifier(workers=2, timeout=timeout) as verifier:
         verifier.grade(ordinary(4), ["5"] * 4)
         alone = len(HOSTILE) * 4 / grade_off_the_main_thread(verifier, ordinary(4 * len(HOSTILE)))[1]
+        time.sleep(SETTLE)
         slowest = {}
         for name, text in HOSTILE.items():
             slowest[name] = grade_off_the_main_thread(verifier, [text])[1]
-            if slowest[name] > SETTLE:
+            if slowest[name] >= timeout:
                 time.sleep(SETTLE)  # the next string is not to pay for the start of this one's new worker
         verifier.grade(ordinary(4), ["5"] * 4)
         grades, seconds = grade_off_the_main_thread(verifier, mixed())

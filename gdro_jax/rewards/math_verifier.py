@@ -16,6 +16,7 @@ MAX_DEPTH = 32
 """Deepest nesting of brackets that is handed to the parser."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,15}")
+_CALL = re.compile(r"\(\s*\)")  # of a program, not of mathematics; math-verify reads the numbers around it
 
 
 class MathVerifier(PooledVerifier):
@@ -71,6 +72,8 @@ def _plan(response: object, answer: object) -> Plan:
         return True
     if nesting_depth(given) > MAX_DEPTH:
         return f"the answer is nested deeper than {MAX_DEPTH}"
+    if _CALL.search(given) and not _CALL.search(gold):
+        return False
     return Pair(gold, given)
 
 
