@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from gdro_jax.models import qwen3
+from gdro_jax.models import attention, qwen3
 from gdro_jax.training import batching, config_io, setup, step
 from gdro_jax.training.config import Config
 
@@ -37,16 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = config_io.load(known.config, [(name, value) for name, _, value in pairs])
         chip = topologies.get_topology_desc(known.topology, platform="tpu").devices[0]
+        architecture = qwen3.Qwen3Config.from_hf(setup.model_folder(config.model.path))
+        kernel = attention.choose(config.model.attention, "tpu", architecture.head_dim, config.model.dtype)
     except (config_io.ConfigError, RuntimeError, ValueError, NotImplementedError) as error:
         return _refuse(f"{' '.join(str(error).split())} (a topology needs libtpu: pip install 'gdro-jax[tpu]')")
-    print(json.dumps({"topology": known.topology, "chip": chip.device_kind} | check(config, chip, known.prompt_tokens)))
+    found = check(config, architecture, kernel, chip, known.prompt_tokens)
+    print(json.dumps({"topology": known.topology, "chip": chip.device_kind, "attention": kernel} | found))
     return 0
 
 
-def check(config: Config, chip: jax.Device, prompt_tokens: int) -> dict[str, float]:
+def check(
+    config: Config, architecture: qwen3.Qwen3Config, kernel: str, chip: jax.Device, prompt_tokens: int
+) -> dict[str, float]:
     """Compiles the step of a configuration for one chip; seconds, and bytes by the compiler's own analysis."""
-    architecture = qwen3.Qwen3Config.from_hf(setup.model_folder(config.model.path))
-    learner, batch = jax.eval_shape(lambda: arguments_of(config, architecture, prompt_tokens))
+    learner, batch = jax.eval_shape(lambda: arguments_of(config, architecture, kernel, prompt_tokens))
     place = jax.sharding.SingleDeviceSharding(chip)
     learner, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (learner, batch))
     reference = jax.eval_shape(qwen3.working, learner.model) if config.train.kl_coef > 0 else None
@@ -65,13 +69,15 @@ def check(config: Config, chip: jax.Device, prompt_tokens: int) -> dict[str, flo
     }
 
 
-def arguments_of(config: Config, architecture: qwen3.Qwen3Config, length: int) -> tuple[step.Learner, step.Batch]:
+def arguments_of(
+    config: Config, architecture: qwen3.Qwen3Config, kernel: str, length: int
+) -> tuple[step.Learner, step.Batch]:
     """A learner and a batch of the configuration's shapes, prompts of `length` tokens."""
     prompts, rows, tokens = config.train.prompts_per_step, config.rows_per_step, config.sampling.max_new_tokens
     rollouts = np.full(prompts, config.controller.mean_rollouts)
     pieces = config.train.minibatches * config.train.microbatches
     model = qwen3.init(architecture, jax.random.key(0), config.model.param_dtype)
-    model = qwen3.Qwen3(architecture, model.arrays(), config.model.dtype, config.model.remat)
+    model = qwen3.Qwen3(architecture, model.arrays(), config.model.dtype, config.model.remat, kernel)
     batch = step.Batch(
         prompts=jnp.zeros((prompts, length), jnp.int32),
         prompt_mask=jnp.ones((prompts, length), bool),

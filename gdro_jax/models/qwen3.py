@@ -43,9 +43,10 @@ class Qwen3(nnx.Module):
       remat: what the backward pass finds kept of a block's forward pass (static): `none` keeps everything it needs,
         `products` the results of matrix products with weights, `block` the block's input alone; the rest is made
         again. It changes no result.
+      kernel: of attention over whole prompts and responses (static), as `attention.choose` gives it.
 
     Raises:
-      ValueError: a missing or unexpected name, a wrong shape, or an unknown `remat`.
+      ValueError: a missing or unexpected name, a wrong shape, or an unknown `remat` or `kernel`.
     """
 
     embed: nnx.Param[jax.Array]
@@ -53,7 +54,12 @@ class Qwen3(nnx.Module):
     lm_head: nnx.Param[jax.Array]  # only where the head is not tied
 
     def __init__(
-        self, config: Qwen3Config, arrays: dict[str, jax.Array], compute_dtype: str | None = None, remat: str = "none"
+        self,
+        config: Qwen3Config,
+        arrays: dict[str, jax.Array],
+        compute_dtype: str | None = None,
+        remat: str = "none",
+        kernel: str = "xla",
     ):
         specs = param_specs(config)
         if set(specs) != set(arrays):
@@ -64,9 +70,12 @@ class Qwen3(nnx.Module):
                 raise ValueError(f"{name}: shape {tuple(arrays[name].shape)}, the configuration needs {want}")
         if remat not in REMAT:
             raise ValueError(f"remat={remat!r}: must be one of {', '.join(REMAT)}")
+        if kernel not in (*attention.KERNELS, attention.INTERPRETED):
+            raise ValueError(f"kernel={kernel!r}: must be one of {', '.join(attention.KERNELS)}")
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat
+        self.kernel = kernel
         for name in specs:
             setattr(self, name, nnx.Param(arrays[name]))
 
@@ -104,7 +113,7 @@ def working(model: Qwen3) -> Qwen3:
     if all(array.dtype == dtype for array in arrays.values()):
         return model
     cast = {name: array.astype(dtype) for name, array in arrays.items()}
-    return Qwen3(model.config, cast, model.compute_dtype, model.remat)
+    return Qwen3(model.config, cast, model.compute_dtype, model.remat, model.kernel)
 
 
 def unembed_weight(model: Qwen3) -> jax.Array:
@@ -163,19 +172,17 @@ def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, promp
     """
     steps = jnp.arange(tokens.shape[1])
     turn = rotation(model.config, kv.length[prompt_index][:, None] + steps)
-    own = (steps[None, :, None] >= steps[None, None, :]) & mask[:, None, :]  # [R, T, T]
-    seen = jnp.broadcast_to(kv.mask[prompt_index][:, None, :], (*tokens.shape, kv.mask.shape[1]))
-
-    def attend(layer_kv: tuple[jax.Array, jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        shared_k, shared_v = layer_kv[0][prompt_index], layer_kv[1][prompt_index]
-        return attention.attend(q, [(shared_k, shared_v, seen), (k, v, own)])
+    causal = attention.causal(model.kernel, mask, kv.mask[prompt_index])
 
     def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-        weights, layer_kv = layer
-        x, _ = run_block(model.config, weights, x, turn, lambda q, k, v: (attend(layer_kv, q, k, v), None))
-        return x, None
+        weights, shared_k, shared_v = layer
 
-    layers = (block_weights(model), (kv.k, kv.v))
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return causal(q, k, v, (shared_k[prompt_index], shared_v[prompt_index])), None
+
+        return run_block(model.config, weights, x, turn, attend)
+
+    layers = (block_weights(model), kv.k, kv.v)
     x, _ = jax.lax.scan(_remat(model, block), embed_tokens(model, jnp.where(mask, tokens, 0)), layers)
     return final_norm(model, x)
 
@@ -183,11 +190,10 @@ def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, promp
 def _full(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Causal self-attention over whole sequences: hidden states before the final norm, and keys and values."""
     turn = rotation(model.config, jnp.maximum(jnp.cumsum(mask, -1) - 1, 0))
-    steps = jnp.arange(tokens.shape[1])
-    causal = (steps[None, :, None] >= steps[None, None, :]) & mask[:, None, :]
+    causal = attention.causal(model.kernel, mask)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return attention.attend(q, [(k, v, causal)]), (k, v)
+        return causal(q, k, v), (k, v)
 
     def block(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return run_block(model.config, weights, x, turn, attend)

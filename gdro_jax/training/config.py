@@ -4,6 +4,7 @@ import dataclasses
 
 from gdro_jax.data.orders import LOADERS
 from gdro_jax.data.prompts import resolve_template
+from gdro_jax.models.attention import KERNELS
 from gdro_jax.models.qwen3 import REMAT
 from gdro_jax.rewards.verifier import check_name
 from gdro_jax.sampling import SamplingConfig
@@ -61,6 +62,8 @@ class ModelConfig:
         weight is lost in `bfloat16`, which a learning rate of 1e-6 always is; `float32` keeps it.
       remat: what of each layer is kept for the backward pass: `none` all it needs, `products` the results of matrix
         products, `block` the layer's input alone. Less memory for more time, the same result.
+      attention: the kernel over whole prompts and responses: `xla` anywhere, `cudnn` on NVIDIA GPUs in bfloat16,
+        `splash` on TPUs where heads are of a multiple of 128; `auto` takes the platform's own where it can run.
       tokenizer: a folder with the tokenizer, None for the model's own.
       random_init: seed of a random initialisation from the folder's config.json alone, None to load its weights.
     """
@@ -69,6 +72,7 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
     tokenizer: str | None = None
     random_init: int | None = None
 
@@ -79,6 +83,8 @@ class ModelConfig:
             value = getattr(self, field)
             _check(value in ("float32", "bfloat16"), "model", field, value, "float32 or bfloat16")
         _check(self.remat in REMAT, "model", "remat", self.remat, " or ".join(REMAT))
+        kinds = ("auto", *KERNELS)
+        _check(self.attention in kinds, "model", "attention", self.attention, " or ".join(kinds))
         ok = self.param_dtype == "float32" or self.dtype == "bfloat16"
         _check(ok, "model", "param_dtype", self.param_dtype, "float32 where model.dtype is")
 

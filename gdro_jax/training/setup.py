@@ -11,7 +11,7 @@ import transformers
 
 from gdro_jax import controllers
 from gdro_jax.data import orders, prompts
-from gdro_jax.models import hf, hub, qwen3
+from gdro_jax.models import attention, hf, hub, qwen3
 from gdro_jax.training import inputs
 from gdro_jax.training.config import Config, ModelConfig
 
@@ -76,7 +76,11 @@ def load_policy(config: ModelConfig) -> Policy:
         except (ValueError, FileNotFoundError) as error:
             raise InputError(f"model.path={config.path!r}: {error}") from None
         model = qwen3.init(architecture, key, config.param_dtype)
-    model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat)
+    try:
+        kernel = attention.choose(config.attention, jax.default_backend(), model.config.head_dim, config.dtype)
+    except ValueError as error:
+        raise InputError(f"model.{error}") from None
+    model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, kernel)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_at)
     stops = prompts.stop_tokens(folder, tokenizer)
     vocab = model.config.vocab_size

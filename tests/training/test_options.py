@@ -30,6 +30,7 @@ SHOWN = {
     "model.dtype": HERE + "precision",
     "model.param_dtype": HERE + "precision",
     "model.remat": "models/test_remat.py::test_the_configuration_reaches_the_model",
+    "model.attention": "models/test_attention.py::test_the_configuration_reaches_the_model",
     "model.tokenizer": HERE + "model_options",
     "model.random_init": HERE + "model_options",
     "data.train": HERE + "data_options",
