@@ -124,7 +124,7 @@ def test_a_hang_costs_its_row_and_its_worker_alone_and_off_the_main_thread() -> 
     with MathVerifier(workers=2, timeout=2.0) as verifier:
         thread = threading.Thread(target=lambda: results.append(verifier.grade(responses, ["\\frac{1}{2}"] * 7)))
         thread.start()
-        thread.join(timeout=60.0)
+        thread.join(timeout=300.0)
         assert not thread.is_alive()
     (grades,) = results
     assert grades.scorable.tolist() == [True, False, False, False, False, True, True]
