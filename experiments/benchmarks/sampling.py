@@ -1,8 +1,9 @@
-"""Sampling benchmarks, one JSON line each: `python experiments/benchmarks/sampling.py w1a|w3|w3-fixed|flat`.
+"""Sampling benchmarks, one JSON line each: `python experiments/benchmarks/sampling.py WORKLOAD`.
 
 w1a       16 prompts of 64 tokens x 8 rollouts, 128 new tokens each, log-probs returned
 w3        the same rows in 32 slots, up to 512 new tokens, 128 of 8,192 tokens stopping a row
 w3-fixed  the same rows all at once, decoded until the longest ends, as fixed-batch loops do
+w3-graded w3 while math-verify grades real responses, one for each row: --data FOLDER with labelled_responses.jsonl
 flat      decode seconds per token while the prompts already finished grow, 4 rows each
 
 Qwen3 of 4 layers, width 256, feed-forward 768, 8 heads over 4 KV heads of 32, vocabulary 8,192, random float32 weights.
@@ -13,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import pathlib
 import platform
 import resource
 import statistics
@@ -36,11 +38,13 @@ PROMPTS, ROLLOUTS, PROMPT_TOKENS, STOPS = 16, 8, 64, tuple(range(128))
 def main() -> None:
     """Runs one workload and prints its line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", choices=("w1a", "w3", "w3-fixed", "flat"))
+    parser.add_argument("workload", choices=("w1a", "w3", "w3-fixed", "w3-graded", "flat"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--data", type=pathlib.Path, help="of w3-graded")
+    parser.add_argument("--workers", type=int, default=2, help="that grade, of w3-graded")
     parser.add_argument("--slots", type=int, default=32, help="of w3")
     asked = parser.parse_args()
-    model = qwen3.init(MODEL, jax.random.key(0))
+    model = random_model()
     line: dict[str, object] = {
         "workload": asked.workload,
         "jax": jax.__version__,
@@ -57,10 +61,27 @@ def main() -> None:
         case "w3-fixed":
             config = SamplingConfig(max_new_tokens=512, stop_tokens=STOPS, segment=512)
             line |= speed(model, config, asked.repeats)
+        case "w3-graded":
+            config = SamplingConfig(max_new_tokens=512, stop_tokens=STOPS, slots=asked.slots)
+            line |= graded(model, config, asked.repeats, asked.data, asked.workers)
         case "flat":
             line |= flat(model)
-    line["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     print(json.dumps(line))
+
+
+def peak_mib() -> float:
+    """Of this process until now."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def random_model() -> qwen3.Qwen3:
+    """Normal weights of 0.02, as `qwen3.init` has them, made on the host: only the sampler's programs are compiled."""
+    rng, arrays = np.random.default_rng(0), {}
+    for name, spec in qwen3.param_specs(MODEL).items():
+        shape = qwen3.stored_shape(MODEL, spec)
+        noise = np.ones(shape) if spec.scale is None else spec.scale * rng.standard_normal(shape, np.float32)
+        arrays[name] = jnp.asarray(noise, jnp.float32)
+    return qwen3.Qwen3(MODEL, arrays)
 
 
 def prompts(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,6 +110,65 @@ def speed(model: qwen3.Qwen3, config: SamplingConfig, repeats: int) -> dict[str,
         "first_call_seconds": round(seconds[0], 2),
         "tokens_per_second": round(statistics.median(rates), 1),
         "useful_share": round(sum(drawn[1:]) / sum(steps[1:]), 4),
+        "peak_mib": peak_mib(),
+    }
+
+
+class Replaced:
+    """Grades real responses in place of what was sampled: the answer given for a row is the row's number."""
+
+    def __init__(self, data: pathlib.Path, verifier, rows: int):
+        lines = [json.loads(line) for line in (data / "labelled_responses.jsonl").read_text().splitlines()]
+        pairs = [(response, line["gt"]) for line in lines for response in line["code"]]
+        self._pairs, self._verifier = pairs[:: len(pairs) // rows][:rows], verifier
+
+    def grade(self, responses: list[str], answers: list[str]):
+        pairs = [self._pairs[int(row)] for row in answers]
+        return self._verifier.grade([response for response, _ in pairs], [gold for _, gold in pairs])
+
+
+class Numbers:
+    """Token ids as text."""
+
+    def batch_decode(self, ids: list[list[int]], **settings: bool) -> list[str]:
+        return [" ".join(map(str, row)) for row in ids]
+
+
+def graded(
+    model: qwen3.Qwen3, config: SamplingConfig, repeats: int, data: pathlib.Path, workers: int
+) -> dict[str, object]:
+    """What is left of grading when the last row has ended, and how long it takes if it is left until then."""
+    from gdro_jax import rewards  # the other workloads are measured without what these import
+    from gdro_jax.training.overlap import Grader
+
+    sampler = Sampler(model, config)
+    tokens, mask = prompts(PROMPTS)
+    index = np.repeat(np.arange(PROMPTS, dtype=np.int32), ROLLOUTS)
+    rows, sampled, waited, alone, scored = [str(row) for row in range(len(index))], [], [], [], 0
+    with rewards.make("math", workers=workers, timeout=30.0) as math:
+        verifier = Replaced(data, math, len(index))
+        verifier.grade([], rows)  # workers start
+        for number in range(repeats + 1):
+            out, begun = empty(len(index), config.max_new_tokens), time.perf_counter()
+            with Grader(verifier, Numbers(), STOPS, rows) as grader:
+                for progress in sampler.stream(out, tokens, mask, index, index, jax.random.key(number)):
+                    grader.submit(out, progress.rows)
+                last = time.perf_counter()
+                scored += int(grader.result()[0].scorable.sum())
+            sampled.append(last - begun)
+            waited.append(time.perf_counter() - last)
+            begun = time.perf_counter()
+            verifier.grade([], rows)
+            alone.append(time.perf_counter() - begun)
+    shares = [w / (s + w) for w, s in zip(waited[1:], sampled[1:], strict=True)]
+    return {
+        "rows": len(index),
+        "workers": workers,
+        "scorable": scored // (repeats + 1),
+        "sample_seconds": [round(s, 3) for s in sampled[1:]],
+        "wait_seconds": [round(s, 3) for s in waited[1:]],
+        "grading_alone_seconds": [round(s, 3) for s in alone[1:]],
+        "wait_share": round(statistics.median(shares), 4),
     }
 
 

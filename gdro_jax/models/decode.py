@@ -3,10 +3,13 @@
 A prompt's keys and values lie once in memory and are read once per *tile*, a handful of slots that decode rows of the
 same prompt; a slot owns only its response's. The pieces are merged under one softmax by their running maxima, as in
 FlashAttention (arXiv 2205.14135, section 3.1), so the result is that of `extend` up to rounding.
-Letters: S slots, W window (positions of the response cache), N tiles, G slots of a tile, otherwise as in `qwen3`.
+Letters: S slots, W window (positions of the response cache), U positions of either, N tiles, G slots of a tile,
+otherwise as in `qwen3`.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +17,35 @@ import jax.numpy as jnp
 from gdro_jax.models import attention, qwen3
 
 
-class Cache(NamedTuple):
-    """Keys and values k, v [layers, S, K, W, C], filled from the left."""
+class KV(NamedTuple):
+    """One layer's keys and values of N prompts or slots, filled from the left, as attention reads them.
+
+    Attributes:
+      k: [N, K, C, U]; scores then run along positions.
+      v: [N, K, U, C]; mixed values then run along the head.
+      k_scale, v_scale: float32[N, K, U], what int8 entries are multiplied by, one for each vector; else None.
+    """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+
+    def each(self, function: Callable[[jax.Array, int], jax.Array]) -> "KV":
+        """`function` of every array and of the axis along which its positions lie."""
+        scales = (None if x is None else function(x, 2) for x in (self.k_scale, self.v_scale))
+        return KV(function(self.k, 3), function(self.v, 2), *scales)
 
 
 class Prompts(NamedTuple):
-    """Keys and values of prompts as decoding reads them: k, v [layers, P, K, L, C]; length int32[P] real tokens."""
+    """Keys and values of P prompts, layer by layer (U = L), and int32[P] real tokens of each."""
 
-    k: jax.Array
-    v: jax.Array
+    layers: tuple[KV, ...]
     length: jax.Array
+
+
+Cache = tuple[KV, ...]
+"""Keys and values of S slots, layer by layer (U = W). Each layer's arrays are its own, so that none is ever copied."""
 
 
 class Tiles(NamedTuple):
@@ -51,21 +70,48 @@ class _Part(NamedTuple):
     mixed: jax.Array
 
 
-def lay_out(kv: qwen3.PromptKV) -> Prompts:
-    """Prompts in the order decoding reads: heads before positions, so that a head's keys are one matrix."""
-    return Prompts(kv.k.swapaxes(2, 3), kv.v.swapaxes(2, 3), kv.length)
+def lay_out(kv: qwen3.PromptKV, dtype: str | None = None) -> Prompts:
+    """Prompts in the order decoding reads, kept in `dtype`: `bfloat16`, `int8`, or None for the dtype they have."""
+
+    def one(k: jax.Array, v: jax.Array) -> KV:
+        (k, k_scale), (v, v_scale) = _kept(k, dtype or k.dtype), _kept(v, dtype or v.dtype)
+        scales = (None if x is None else x.swapaxes(1, 2) for x in (k_scale, v_scale))
+        return KV(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), *scales)
+
+    return Prompts(tuple(one(k, v) for k, v in zip(kv.k, kv.v, strict=True)), kv.length)
+
+
+def _kept(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array | None]:
+    """Vectors [..., C] in `dtype` and, for int8, what to multiply each by: float32[...]."""
+    if jnp.dtype(dtype) != jnp.int8:
+        return x.astype(dtype), None
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(-1), 1e-30) / 127.0
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
 def empty_cache(prompts: Prompts, slots: int, window: int) -> Cache:
-    """A zeroed cache in the dtype of the prompts' keys."""
-    layers, _, heads, _, size = prompts.k.shape
-    return Cache(*(jnp.zeros((layers, slots, heads, window, size), prompts.k.dtype) for _ in range(2)))
+    """A zeroed cache, kept as the prompts are."""
+
+    def blank(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.zeros((slots, *x.shape[1:axis], window, *x.shape[axis + 1 :]), x.dtype)
+
+    return tuple(layer.each(blank) for layer in prompts.layers)
+
+
+def window_of(cache: Cache) -> int:
+    """W."""
+    return cache[0].v.shape[2]
 
 
 def resize(cache: Cache, slots: jax.Array, window: int) -> Cache:
     """The cache of some of the slots int32[S'], with `window` positions."""
-    more = window - cache.k.shape[3]
-    return Cache(*(jnp.pad(x[:, slots], ((0, 0),) * 3 + ((0, more), (0, 0))) for x in cache))
+    more = window - window_of(cache)
+
+    def moved(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x[slots], [(0, more if a == axis else 0) for a in range(x.ndim)])
+
+    return tuple(layer.each(moved) for layer in cache)
 
 
 def tiles_of(prompt: jax.Array, num_prompts: int, size: int) -> Tiles:
@@ -115,63 +161,61 @@ def decode(
       The final hidden state [S, D], which predicts response token `position + 1`, and the cache with one more filled.
     """
     turn = qwen3.rotation(model.config, (prompts.length[prompt] + position)[:, None])
-    window, length = cache.k.shape[3], prompts.k.shape[3]
-    own = jnp.arange(window) < position[:, None]
+    window, length = window_of(cache), prompts.layers[0].v.shape[2]
+    own = jnp.arange(window) <= position[:, None]
     seen = jnp.arange(length) < prompts.length[tiles.prompt][:, None]
 
-    def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        weights, shared_k, shared_v, own_k, own_v = layer
+    def attend(shared: KV, mine: KV, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
+        filled = _with(mine, position, k[:, 0], v[:, 0])  # first, so that it is written where it lies
+        q = q.reshape(q.shape[0], k.shape[2], -1, q.shape[-1])  # [S, K, H / K, C]
+        mixed = _merge([_over_prompts(q, shared, seen, tiles), _over(q, filled, own)]).astype(v.dtype)
+        return mixed.reshape(mixed.shape[0], 1, -1, mixed.shape[-1]), filled
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            k, v = k[:, 0], v[:, 0]
-            q = q.reshape(*k.shape[:2], -1, k.shape[-1])  # [S, K, H / K, C]
-            parts = [
-                _over_prompts(q, shared_k, shared_v, seen, tiles),
-                _over(q, own_k, own_v, own),
-                _Part(_score(jnp.einsum("skgc,skc->skg", q, k, preferred_element_type=jnp.float32), k), *_one(q, v)),
-            ]
-            mixed = _merge(parts).astype(v.dtype)
-            return mixed.reshape(mixed.shape[0], 1, -1, mixed.shape[-1]), (k, v)
+    # Not scanned: a scan would copy every layer's weights, keys and values out of their stacks at every token.
+    x, stacked, filled = qwen3.embed_tokens(model, token[:, None]), qwen3.block_weights(model), []
+    for number, (shared, mine) in enumerate(zip(prompts.layers, cache, strict=True)):
+        weights = {name: array[number] for name, array in stacked.items()}
+        x, kept = qwen3.run_block(model.config, weights, x, turn, functools.partial(attend, shared, mine))
+        filled.append(kept)
+    return qwen3.final_norm(model, x[:, 0]), tuple(filled)
 
-        return qwen3.run_block(model.config, weights, x, turn, attend)
 
-    layers = (qwen3.block_weights(model), prompts.k, prompts.v, cache.k, cache.v)
-    x, (k, v) = jax.lax.scan(block, qwen3.embed_tokens(model, token[:, None]), layers)
-    slot = jnp.arange(token.shape[0])
-    filled = Cache(
-        *(
-            old.at[:, slot, :, position].set(new.swapaxes(0, 1), mode="drop", unique_indices=True)
-            for old, new in zip(cache, (k, v), strict=True)
-        )
+def _with(cache: KV, position: jax.Array, k: jax.Array, v: jax.Array) -> KV:
+    """The cache with k, v [S, K, C] at a position int32[S] of each slot; beyond its end nothing is kept."""
+    slot = jnp.arange(position.shape[0])
+    (k, k_scale), (v, v_scale) = _kept(k, cache.k.dtype), _kept(v, cache.v.dtype)
+
+    def put(place: Any, new: jax.Array | None) -> jax.Array:
+        return place.set(new, mode="drop", unique_indices=True)
+
+    return KV(
+        put(cache.k.at[slot, :, :, position], k),
+        put(cache.v.at[slot, :, position], v),
+        None if cache.k_scale is None else put(cache.k_scale.at[slot, :, position], k_scale),
+        None if cache.v_scale is None else put(cache.v_scale.at[slot, :, position], v_scale),
     )
-    return qwen3.final_norm(model, x[:, 0]), filled
 
 
-def _score(products: jax.Array, like: jax.Array) -> jax.Array:
-    return products * like.shape[-1] ** -0.5
-
-
-def _one(q: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of weights and mixed values of the token itself, the only one in its piece."""
-    return jnp.ones(q.shape[:3], jnp.float32), jnp.broadcast_to(v[:, :, None].astype(jnp.float32), q.shape)
-
-
-def _over(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> _Part:
-    """Attention of q [N, K, M, C] over k, v [N, K, U, C] where mask bool[N, U]."""
-    products = jnp.einsum("nkmc,nkuc->nkmu", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], _score(products, k), attention.MASKED)
+def _over(q: jax.Array, kv: KV, mask: jax.Array) -> _Part:
+    """Attention of q [N, K, M, C] over keys and values of U positions where mask bool[N, U]."""
+    products = jnp.einsum("nkmc,nkcu->nkmu", q, kv.k.astype(q.dtype), preferred_element_type=jnp.float32)
+    if kv.k_scale is not None:
+        products = products * kv.k_scale[:, :, None]
+    scores = jnp.where(mask[:, None, None], products * q.shape[-1] ** -0.5, attention.MASKED)
     top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
-    mixed = jnp.einsum("nkmu,nkuc->nkmc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    scaled = weights if kv.v_scale is None else weights * kv.v_scale[:, :, None]
+    values = kv.v.astype(q.dtype)
+    mixed = jnp.einsum("nkmu,nkuc->nkmc", scaled.astype(q.dtype), values, preferred_element_type=jnp.float32)
     return _Part(top, weights.sum(-1), mixed)
 
 
-def _over_prompts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, tiles: Tiles) -> _Part:
-    """The same over prompts k, v [P, K, L, C]: each tile reads its prompt once for all its slots."""
+def _over_prompts(q: jax.Array, prompts: KV, mask: jax.Array, tiles: Tiles) -> _Part:
+    """The same over P prompts: each tile reads its prompt once for all its slots."""
     number, size = tiles.slots.shape
     _, heads, group, width = q.shape
     packed = q[tiles.slots].swapaxes(1, 2).reshape(number, heads, size * group, width)
-    part = _over(packed, k[tiles.prompt], v[tiles.prompt], mask)
+    part = _over(packed, jax.tree.map(lambda x: x[tiles.prompt], prompts), mask)
 
     def unpack(x: jax.Array) -> jax.Array:
         return x.reshape(number, heads, size, group, *x.shape[3:])[tiles.tile, :, tiles.lane]

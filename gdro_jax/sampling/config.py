@@ -19,6 +19,8 @@ class SamplingConfig:
         once.
       segment: most tokens a row is decoded between two looks of the host, which hands over finished rows, reports
         progress and heeds an interrupt there.
+      cache_dtype: of keys and values while they are kept: `bfloat16`, or `int8` with a scale for each vector; None for
+        the model's own. Less memory for log-probs that are a little off the trainer's.
 
     Raises:
       ValueError: naming the field, the value and what is allowed.
@@ -33,6 +35,7 @@ class SamplingConfig:
     min_new_tokens: int = 1
     slots: int | None = None
     segment: int = 32
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -54,6 +57,8 @@ class SamplingConfig:
             raise ValueError(f"stop_tokens={self.stop_tokens}: ids must be 0 or above")
         if self.slots is not None and self.slots < 1:
             raise ValueError(f"slots={self.slots}: must be at least 1, or None for all rows at once")
+        if self.cache_dtype not in (None, "bfloat16", "int8"):
+            raise ValueError(f"cache_dtype={self.cache_dtype!r}: must be bfloat16 or int8, or None for the model's own")
 
     @property
     def truncates(self) -> bool:

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from gdro_jax.models import decode, qwen3
+from gdro_jax.models import qwen3
 from gdro_jax.sampling import segment
 from gdro_jax.sampling.config import SamplingConfig
 
 Array = jax.Array | np.ndarray
 TENSOR_AXIS = "tensor"
-_SHORTEST_WINDOW, _FEWEST_SLOTS, _HALVINGS, _LARGEST_TILE = 64, 4, 3, 8
+_FEWEST_SLOTS, _HALVINGS, _LARGEST_TILE = 4, 3, 8
+_SHORTEST_HALVED = 140  # tokens; below it a shorter window saves less than one more program costs to compile and keep
 _AT_ONCE = 2**30  # more slots than there can be: a segment that ends before its first step
 
 
@@ -49,23 +50,30 @@ class Asked(NamedTuple):
 
 
 def stages(config: SamplingConfig, slots: int) -> tuple[list[Stage], list[Stage]]:
-    """Stages with all slots, their windows doubling, and those that follow them, their slots halving."""
+    """Stages with all slots, their windows doubling, and those that follow them, their slots halving.
+
+    Where nothing stops a row early, rows end together and slots are never halved: those programs are not compiled.
+    """
     longest = config.max_new_tokens
     windows, rungs = [longest], [slots]
     if longest > config.segment:
-        while len(windows) <= 2 and windows[0] >= 2 * _SHORTEST_WINDOW:
+        while len(windows) <= 2 and windows[0] >= _SHORTEST_HALVED:
             windows.insert(0, (windows[0] + 1) // 2)
-        while len(rungs) <= _HALVINGS and rungs[-1] >= 2 * _FEWEST_SLOTS:
+        while config.stop_tokens and len(rungs) <= _HALVINGS and rungs[-1] >= 2 * _FEWEST_SLOTS:
             rungs.append((rungs[-1] + 1) // 2)
     return [Stage(slots, window) for window in windows], [Stage(n, longest) for n in rungs[1:]]
 
 
 class Programs:
-    """`start`, `decode` and `move`, compiled once per shape.
+    """The programs of a configuration, compiled once per shape.
 
     Args:
       config: of sampling.
       mesh: rows lie along all its axes but `tensor`, heads along that one; None for one device.
+
+    Attributes:
+      starting: prompts run and first rows seated: (model, `Asked`, key data, slots, window, impl) to context and state.
+      decoding: one segment: (model, context, state, leave_at, tile) to state and look.
     """
 
     def __init__(self, config: SamplingConfig, mesh: jax.sharding.Mesh | None):
@@ -73,17 +81,13 @@ class Programs:
         self.axes = () if mesh is None else tuple(a for a in mesh.axis_names if a != TENSOR_AXIS)
         self.shards = 1 if mesh is None else int(np.prod([mesh.shape[a] for a in self.axes], dtype=int))
         every, split = PartitionSpec(), PartitionSpec(self.axes)
-        second = PartitionSpec(None, self.axes)
-        context = segment.Context(decode.Prompts(second, second, split), split, split)  # type: ignore[arg-type]
-        state = segment.State(split, split, split, split, second)  # type: ignore[arg-type]
         self._split = split
-        self._start = self._compiled(
-            _start, (every, split, every), (context, state), static=("slots", "window", "impl")
-        )
+        begin = functools.partial(_start, cache_dtype=config.cache_dtype)
+        self.starting = self._compiled(begin, (every, split, every), split, static=("slots", "window", "impl"))
         in_step = mesh is not None and mesh.shape.get(TENSOR_AXIS, 1) > 1
         step = functools.partial(segment.segment, config=config, axes=self.axes, in_step=in_step)
-        self._segment = self._compiled(step, (every, context, state, every), (state, every), static=("tile",), donate=2)
-        self._move = self._compiled(segment.resize, (state,), state, static=("slots", "window"))
+        self.decoding = self._compiled(step, (every, split, split, every), (split, every), static=("tile",), donate=2)
+        self._move = self._compiled(segment.resize, (split,), split, static=("slots", "window"))
         self._warm: set[tuple[int, ...]] = set()
 
     def start(self, model: qwen3.Qwen3, asked: Asked, key: jax.Array, slots: int) -> tuple["Decoding", segment.Context]:
@@ -93,9 +97,9 @@ class Programs:
         on_devices = jax.tree.map(lambda x: self._put(x, self._split), asked)
         seed, impl = self._put(np.asarray(jax.random.key_data(key)), PartitionSpec()), str(jax.random.key_impl(key))
         begin = functools.partial(
-            self._start, model, on_devices, seed, slots=slots, window=growing[0].window, impl=impl
+            self.starting, model, on_devices, seed, slots=slots, window=growing[0].window, impl=impl
         )
-        decoding = Decoding(growing, shrinking, functools.partial(self._segment, model, tile=tile), self._move)
+        decoding = Decoding(growing, shrinking, functools.partial(self.decoding, model, tile=tile), self._move)
         shape = (*asked.tokens.shape, len(asked.prompt), slots)
         if shape not in self._warm:
             decoding.warm_up(*begin())
@@ -163,8 +167,8 @@ class Decoding:
 
 
 def _start(
-    model: qwen3.Qwen3, asked: Asked, seed: jax.Array, slots: int, window: int, impl: str
+    model: qwen3.Qwen3, asked: Asked, seed: jax.Array, slots: int, window: int, impl: str, cache_dtype: str | None
 ) -> tuple[segment.Context, segment.State]:
     tokens, mask, prompt, identity, rank, limit, number = map(jnp.asarray, asked)
     keys = segment.row_keys(jax.random.wrap_key_data(seed, impl=impl), identity, rank)
-    return segment.start(model, tokens, mask, segment.Rows(prompt, keys, limit, number), slots, window)
+    return segment.start(model, tokens, mask, segment.Rows(prompt, keys, limit, number), slots, window, cache_dtype)

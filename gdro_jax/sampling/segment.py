@@ -13,6 +13,8 @@ from gdro_jax.models import decode, qwen3
 from gdro_jax.sampling.config import SamplingConfig
 from gdro_jax.sampling.distribution import sample
 
+_PREFILLED_AT_ONCE = 8192  # prompt tokens
+
 
 class Rows(NamedTuple):
     """R rows in the order they enter.
@@ -92,11 +94,16 @@ def row_keys(key: jax.Array, prompt_ids: jax.Array, ranks: jax.Array) -> jax.Arr
 
 
 def start(
-    model: qwen3.Qwen3, tokens: jax.Array, mask: jax.Array, rows: Rows, slots: int, window: int
+    model: qwen3.Qwen3,
+    tokens: jax.Array,
+    mask: jax.Array,
+    rows: Rows,
+    slots: int,
+    window: int,
+    cache_dtype: str | None = None,
 ) -> tuple[Context, State]:
     """Runs the prompts int32[P, L] and seats the first rows."""
-    kv, last = qwen3.prefill(model, tokens, mask)
-    prompts = decode.lay_out(kv)
+    prompts, last = _prefill(model, tokens, mask, cache_dtype)
     seat = jnp.arange(slots, dtype=jnp.int32)
     row = jnp.where(seat < rows.number, seat, -1)
     state = State(
@@ -107,6 +114,22 @@ def start(
         cache=decode.empty_cache(prompts, slots, window),
     )
     return Context(prompts, last, rows), state
+
+
+def _prefill(
+    model: qwen3.Qwen3, tokens: jax.Array, mask: jax.Array, cache_dtype: str | None
+) -> tuple[decode.Prompts, jax.Array]:
+    """Prompts and their last hidden states, a few prompts at a time: attention needs a lot of memory meanwhile."""
+
+    def one(prompt: tuple[jax.Array, jax.Array]) -> tuple[decode.Prompts, jax.Array]:
+        kv, last = qwen3.prefill(model, *(x[None] for x in prompt))
+        return jax.tree.map(lambda x: x[0], (decode.lay_out(kv, cache_dtype), last))
+
+    at_once = max(1, _PREFILLED_AT_ONCE // tokens.shape[1])
+    if tokens.shape[0] > at_once:
+        return jax.lax.map(one, (tokens, mask), batch_size=at_once)
+    kv, last = qwen3.prefill(model, tokens, mask)
+    return decode.lay_out(kv, cache_dtype), last
 
 
 def resize(state: State, slots: int, window: int) -> State:
@@ -143,7 +166,7 @@ def segment(
       axes: mesh axes that the shards lie along.
       in_step: whether all shards take equally many steps, which they must where devices work together in a step.
     """
-    steps, slots, window = config.segment, state.row.shape[0], state.cache.k.shape[3]
+    steps, slots, window = config.segment, state.row.shape[0], decode.window_of(state.cache)
     stops = jnp.asarray(config.stop_tokens, jnp.int32)
 
     def goes_on(carry: tuple[jax.Array, State, Drawn]) -> jax.Array:

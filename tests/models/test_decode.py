@@ -53,7 +53,11 @@ def test_slots_at_different_positions_read_their_own_context_only() -> None:
         tokens = np.concatenate([np.asarray(prompts)[owner, : lengths[owner]], said[slot, : last + 1]])[None]
         want = np.asarray(qwen3.logits(model, jnp.asarray(tokens), jnp.ones(tokens.shape, bool)))[0, -1]
         np.testing.assert_allclose(got[slot], want, atol=1e-5 * np.abs(want).max(), rtol=0)
-        assert (cache.k[:, slot, :, last + 1 :] == 1e3).all() and (np.abs(cache.k[:, slot, :, : last + 1]) < 1e2).all()
+        for layer in cache:
+            assert (layer.k[slot, ..., last + 1 :] == 1e3).all() and (
+                np.abs(layer.k[slot, ..., : last + 1]) < 1e2
+            ).all()
+            assert (layer.v[slot, :, last + 1 :] == 1e3).all() and (np.abs(layer.v[slot, :, : last + 1]) < 1e2).all()
 
 
 def test_a_full_cache_drops_what_comes_after_and_resizing_keeps_what_is_there() -> None:
@@ -65,8 +69,41 @@ def test_a_full_cache_drops_what_comes_after_and_resizing_keeps_what_is_there() 
     for at in range(3):
         before = cache
         _, cache = decode.decode(model, zero + 5, zero + at, zero, shared, tiles, cache)
-    np.testing.assert_array_equal(cache.k, before.k)
+    jax.tree.map(np.testing.assert_array_equal, cache, before)
     smaller = decode.resize(cache, jnp.array([2, 0]), 5)
-    assert smaller.k.shape[1] == 2 and smaller.k.shape[3] == 5
-    np.testing.assert_array_equal(smaller.v[:, :, :, :2], cache.v[:, [2, 0]])
-    assert (np.asarray(smaller.v[:, :, :, 2:]) == 0).all()
+    assert decode.window_of(smaller) == 5
+    for small, layer in zip(smaller, cache, strict=True):
+        assert small.k.shape == (2, *layer.k.shape[1:3], 5)
+        np.testing.assert_array_equal(small.k[..., :2], layer.k[jnp.array([2, 0])])
+        np.testing.assert_array_equal(small.v[:, :, :2], layer.v[jnp.array([2, 0])])
+        assert (np.asarray(small.v[:, :, 2:]) == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2**-8), ("int8", 0.5 / 127)])
+def test_caches_of_fewer_bits_keep_every_vector_to_their_precision(dtype, error):
+    """Prompts and responses alike, zero vectors too; a slot's new token leaves the others' entries as they are."""
+    rng = np.random.default_rng(0)
+    k, v = (
+        jnp.asarray(rng.normal(size=(1, 3, 4, 2, 8)) * [[[[[9.0]]], [[[0.0]]], [[[0.1]]]]], jnp.float32) for _ in "kv"
+    )
+    kv = qwen3.PromptKV(k, v, jnp.ones((3, 4), bool), jnp.full(3, 4))
+    (layer,) = decode.lay_out(kv, dtype).layers
+    assert layer.k.dtype == layer.v.dtype == dtype and (layer.k_scale is None) == (dtype != "int8")
+
+    def restored(x, scale, turn):
+        return np.asarray(x, np.float32).transpose(turn) * (1.0 if scale is None else np.asarray(scale)[..., None])
+
+    for got, want in (
+        (restored(layer.k, layer.k_scale, (0, 1, 3, 2)), k[0].swapaxes(1, 2)),
+        (restored(layer.v, layer.v_scale, (0, 1, 2, 3)), v[0].swapaxes(1, 2)),
+    ):
+        assert (np.abs(got - want) <= error * np.abs(want).max(-1, keepdims=True)).all()
+    (empty,) = decode.empty_cache(decode.lay_out(kv, dtype), 3, 2)
+    new = k[0, :, 0]
+    filled = decode._with(empty, jnp.array([0, 1, 2]), new, new)
+    got = restored(filled.v, filled.v_scale, (0, 1, 2, 3))
+    for slot, position in ((0, 0), (1, 1)):
+        want = np.zeros((2, 2, 8))
+        want[:, position] = new[slot]
+        np.testing.assert_allclose(got[slot], want, atol=error * np.abs(want).max())
+    assert (got[2] == 0).all()

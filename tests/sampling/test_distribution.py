@@ -153,6 +153,7 @@ def test_what_is_cut_off_is_never_drawn():
         ("segment", 0),
         ("stop_tokens", (3, -1)),
         ("slots", 0),
+        ("cache_dtype", "float16"),
     ],
 )
 def test_a_bad_setting_names_itself(field, value):

@@ -110,12 +110,14 @@ def test_stopping_to_listen_leaves_the_sampler_usable(refilled, result):
         (8, 100, [(100, 8)], []),
         (100, 16, [(16, 100)], [(8, 100), (4, 100)]),
         (512, 32, [(32, 128), (32, 256), (32, 512)], [(16, 512), (8, 512), (4, 512)]),
-        (129, 5, [(5, 65), (5, 129)], []),
+        (139, 5, [(5, 139)], []),
+        (140, 5, [(5, 70), (5, 140)], []),
         (4096, 128, [(128, 1024), (128, 2048), (128, 4096)], [(64, 4096), (32, 4096), (16, 4096)]),
     ],
 )
 def test_stages(length, slots, growing, shrinking):
-    assert stages(SamplingConfig(max_new_tokens=length), slots) == (growing, shrinking)
+    assert stages(SamplingConfig(max_new_tokens=length, stop_tokens=(1,)), slots) == (growing, shrinking)
+    assert stages(SamplingConfig(max_new_tokens=length), slots) == (growing, [])  # all rows end together
 
 
 def test_a_response_has_its_least_length_and_stops_after_it(tiny_model):
