@@ -20,7 +20,8 @@ _UNUSED = {  # sections and fields that a command does not look at: giving one i
         *("controller", "train", "compare", "reward", "model.path", "model.param_dtype", "model.remat"),
         *(f"run.{n}" for n in ("output", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "save_model")),
         *(f"data.{n}" for n in ("train", "mixture", "loader", "contamination", "benchmarks")),
-        *(f"sampling.{n}" for n in ("temperature", "top_p", "top_k")),
+        *(f"sampling.{n}" for n in ("temperature", "top_p", "top_k", "min_p", "min_new_tokens", "gap_tolerance")),
+        *(f"sampling.server{n}" for n in ("", "_folder", "_model", "_timeout")),
         *(f"eval.{n}" for n in ("data", "every", "problems_per_stratum")),
     ),
 }

@@ -12,6 +12,7 @@ from gdro_jax import report as reports
 from gdro_jax.data import sources
 from gdro_jax.evaluation import store
 from gdro_jax.models.hf import CheckpointError
+from gdro_jax.sampling import ServerError
 from gdro_jax.training import config_io, inputs, run_folder, setup
 from gdro_jax.training import export as exporting
 from gdro_jax.training.compiles import CompileCounter
@@ -28,7 +29,7 @@ BAD_INPUT_ERRORS = (
     CheckpointError,
 )
 """Errors that mean bad input: one clear line, exit code 2."""
-FAULTS = (rewards.UnscorableError, rewards.VerifierError, evaluation.NothingScorableError)
+FAULTS = (rewards.UnscorableError, rewards.VerifierError, evaluation.NothingScorableError, ServerError)
 """Faults that say all there is to say in one line, exit code 1. Anything else keeps its traceback."""
 
 

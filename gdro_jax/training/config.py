@@ -210,23 +210,68 @@ class ControllerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How training responses are sampled; the stop tokens are the model's own."""
+    """How training responses are sampled; the stop tokens are the model's own.
+
+    Attributes:
+      max_new_tokens, temperature, slots, segment, cache_dtype: see `gdro_jax.sampling.SamplingConfig`; the last three
+        hold for evaluation too.
+      top_p, top_k, min_p, min_new_tokens: see there; training refuses whatever cuts the distribution off.
+      gap_tolerance: a run whose sampler and trainer differ by more than this in log-probability, on average over
+        tokens, refuses to start; None does not compare.
+      server: samples training responses by an OpenAI-style completions endpoint instead, such as
+        `http://localhost:8000/v1`, see docs/sampling.md; None for this package's sampler. Evaluation is not affected.
+      server_folder: the folder that it serves; every new policy is written there before the server reads it again.
+      server_model: what the server calls the model, None for `server_folder`.
+      server_timeout: seconds that one of its answers may take.
+    """
 
     max_new_tokens: int = 6
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    min_new_tokens: int = 1
     slots: int | None = None
+    segment: int = 32
+    cache_dtype: str | None = None
+    gap_tolerance: float | None = 0.05
+    server: str | None = None
+    server_folder: str | None = None
+    server_model: str | None = None
+    server_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         try:
-            SamplingConfig(**dataclasses.asdict(self))
+            self.build(())
         except ValueError as error:
             raise ValueError(f"sampling.{error}") from None
+        ok = self.gap_tolerance is None or 0 <= self.gap_tolerance < float("inf")
+        _check(ok, "sampling", "gap_tolerance", self.gap_tolerance, "0 or above and finite, or null not to compare")
+        ok = self.server is None or self.server.startswith(("http://", "https://"))
+        _check(ok, "sampling", "server", self.server, "a url that starts with http:// or https://, or null")
+        ok = (self.server is None) == (self.server_folder is None)
+        _check(ok, "sampling", "server_folder", self.server_folder, "given with sampling.server, and only then")
+        ok = self.server is not None or self.server_model is None
+        _check(ok, "sampling", "server_model", self.server_model, "null without sampling.server")
+        ok = 0 < self.server_timeout < float("inf")
+        _check(ok, "sampling", "server_timeout", self.server_timeout, "above 0 seconds, and finite")
+        ok = self.server is None or self.cache_dtype is None
+        _check(ok, "sampling", "cache_dtype", self.cache_dtype, "null with sampling.server, which chooses its own")
 
     def build(self, stop_tokens: tuple[int, ...]) -> SamplingConfig:
         """The sampler's own configuration."""
-        return SamplingConfig(**dataclasses.asdict(self), stop_tokens=stop_tokens)
+        return SamplingConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            min_new_tokens=self.min_new_tokens,
+            stop_tokens=stop_tokens,
+            slots=self.slots,
+            segment=self.segment,
+            cache_dtype=self.cache_dtype,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,7 +348,7 @@ class EvalConfig:
       data: a JSON-lines file, `embedded` for the shipped held-out set, None for no evaluation.
       every: steps between evaluations, None for the base and the end only.
       samples: responses per problem; k: of pass@k, at most `samples`.
-      temperature, top_p, top_k: of evaluation sampling.
+      temperature, top_p, top_k, min_p, min_new_tokens: of evaluation sampling, see `gdro_jax.sampling.SamplingConfig`.
       max_new_tokens: longest response, None for that of training.
       template: as `data.template`; None for that one, and for `boxed` on benchmarks.
       problems_per_call: problems sampled at a time, each `samples` times; changes memory and speed, nothing else.
@@ -318,6 +363,8 @@ class EvalConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    min_new_tokens: int = 1
     max_new_tokens: int | None = None
     template: str | None = None
     problems_per_call: int = 256
@@ -337,9 +384,24 @@ class EvalConfig:
         ok = self.problems_per_stratum is None or self.problems_per_stratum >= 1
         _check(ok, "eval", "problems_per_stratum", self.problems_per_stratum, "at least 1, or null")
         try:
-            SamplingConfig(max_new_tokens=1, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+            self.build((), GenerationConfig(max_new_tokens=max(self.min_new_tokens, 1)))
         except ValueError as error:
             raise ValueError(f"eval.{error}") from None
+
+    def build(self, stop_tokens: tuple[int, ...], training: GenerationConfig) -> SamplingConfig:
+        """The sampler's own configuration, where nothing is said that of training."""
+        return SamplingConfig(
+            max_new_tokens=self.max_new_tokens or training.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            min_new_tokens=self.min_new_tokens,
+            stop_tokens=stop_tokens,
+            slots=training.slots,
+            segment=training.segment,
+            cache_dtype=training.cache_dtype,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -391,9 +453,13 @@ class Config:
         _check(ok, "reward", "overlong_buffer", buffer, allowed)
         greedy = self.sampling.temperature == 0
         _check(not greedy, "sampling", "temperature", self.sampling.temperature, "above 0 in training")
-        truncated = self.sampling.top_p < 1.0 or self.sampling.top_k > 0
-        allowed = "1.0, and top_k 0: training on truncated sampling biases the ratio"
-        _check(not truncated, "sampling", "top_p", self.sampling.top_p, allowed)
+        for field, off in {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_new_tokens": 1}.items():
+            value, allowed = getattr(self.sampling, field), f"{off} in training: truncated sampling biases the ratio"
+            _check(value == off, "sampling", field, value, allowed)
+        try:
+            self.eval_sampling(())
+        except ValueError as error:
+            raise ValueError(f"eval.{error}") from None
 
     @property
     def rows_per_step(self) -> int:
@@ -407,11 +473,4 @@ class Config:
 
     def eval_sampling(self, stop_tokens: tuple[int, ...]) -> SamplingConfig:
         """How responses are sampled in evaluation."""
-        return SamplingConfig(
-            max_new_tokens=self.eval.max_new_tokens or self.sampling.max_new_tokens,
-            temperature=self.eval.temperature,
-            top_p=self.eval.top_p,
-            top_k=self.eval.top_k,
-            stop_tokens=stop_tokens,
-            slots=self.sampling.slots,
-        )
+        return self.eval.build(stop_tokens, self.sampling)

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gdro_jax import controllers, rewards
+from gdro_jax import controllers, rewards, sampling
 from gdro_jax.data import prompts as prompt_data
-from gdro_jax.evaluation import run as evaluation
 from gdro_jax.models import qwen3
 from gdro_jax.rewards import shaping
-from gdro_jax.sampling import Rollouts, Sampler
-from gdro_jax.training import batching, records, run_folder, setup, step
+from gdro_jax.sampling import Rollouts
+from gdro_jax.training import agreement, batching, engines, overlap, records, run_folder, setup, step
 from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
@@ -28,7 +27,7 @@ from gdro_jax.training.evaluator import Evaluator
 from gdro_jax.training.export import save_policy
 from gdro_jax.training.ledger import Clock, Ledger
 
-_PLAN, _SAMPLE, _CUT, _EVAL, _INIT = range(5)  # purposes of random keys
+_PLAN, _SAMPLE, _CUT, _EVAL, _INIT, _GATE = range(6)  # purposes of random keys
 
 
 class Collected(NamedTuple):
@@ -73,7 +72,7 @@ class Trainer:
         self.strata = np.array([p.stratum for p in parts.train.problems], dtype=object)
         self._plan, self._update_rule = jax.jit(parts.rule.plan), jax.jit(parts.rule.update)
         self._metrics, self._reweigh = jax.jit(parts.rule.metrics), jax.jit(parts.rule.reweigh)
-        self._sampler = Sampler(parts.policy.model, config.sampling.build(parts.policy.stop_tokens))
+        self._sampler = engines.make(config, parts.policy)
         self._update = jax.jit(step.update, static_argnames=("config", "temperature"))
         self._signal = jax.jit(step.surrogate_signal, static_argnames=("config", "temperature"))
         self._evaluator = Evaluator(config, parts, verifier) if parts.heldout is not None else None
@@ -93,7 +92,12 @@ class Trainer:
         """Trains to the last step; True when done, False when `stop` asked for an end.
 
         However it ends, by a fault too, everything up to the last whole step is in a checkpoint.
+
+        Raises:
+          agreement.Disagreement: sampler and trainer are too far apart; nothing is trained or written.
         """
+        if self.step < self.config.run.steps and not stop():
+            self.check_agreement()
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
                 on_record(self._write({"step": 0} | self._evaluate(final=True)))
@@ -114,6 +118,23 @@ class Trainer:
             policy, tokens_at = self.parts.policy, setup.tokenizer_folder(self.config.model)
             save_policy(self.state.learner.model, self.folder / "model", tokens_at, policy.stop_tokens)
         return done
+
+    def check_agreement(self) -> agreement.Gap | None:
+        """Compares sampler and trainer on the first prompts of the data, at a step's shapes; None if not asked to.
+
+        Raises:
+          agreement.Disagreement: over `sampling.gap_tolerance`.
+        """
+        settings, model = self.config.sampling, self.state.learner.model
+        if settings.gap_tolerance is None:
+            return None
+        ids = np.arange(self.config.train.prompts_per_step)
+        index = batching.flat_index(np.full(len(ids), self.config.controller.mean_rollouts))
+        asked = (self.tokens[ids], self.mask[ids], index, ids[index], self._fold(_GATE, self.step))
+        self._sampler.update(model)
+        gap = agreement.measure(self._sampler, model, *asked, settings.temperature, settings.max_new_tokens)
+        agreement.check(gap, settings.gap_tolerance)
+        return gap
 
     def one_step(self) -> records.Record:
         """Plans, samples, grades, updates policy and controllers; returns the step's log record."""
@@ -184,12 +205,14 @@ class Trainer:
         ids = plan.prompt_ids
         self._sampler.update(self.state.learner.model)
         key = self._fold(_SAMPLE, number)
-        out = self._sampler.rows(self.tokens[ids], self.mask[ids], index, ids[index], key)
-        clock.lap("sample")
-        said = evaluation.texts(out, self.parts.policy.tokenizer, self.parts.policy.stop_tokens)
-        answers = [self.parts.train.problems[plan.prompt_ids[i]].answer for i in index]
-        grades = self.verifier.grade(said, answers)
-        clock.lap("verify")
+        out = sampling.empty(len(index), self.config.sampling.max_new_tokens)
+        answers, policy = [self.parts.train.problems[ids[i]].answer for i in index], self.parts.policy
+        with overlap.Grader(self.verifier, policy.tokenizer, policy.stop_tokens, answers) as grader:
+            for progress in self._sampler.stream(out, self.tokens[ids], self.mask[ids], index, ids[index], key):
+                grader.submit(out, progress.rows)
+            clock.lap("sample")
+            grades, said = grader.result()
+        clock.lap("verify")  # what is left of grading once the last row has ended
         rewards.check_failures(grades.failures, len(said), self.config.data.max_unscorable, f"step {number}")
         reward = self.config.reward
         shaped = shaping.shaped(

@@ -109,6 +109,7 @@ def configure(tmp_path: pathlib.Path, tiny_folder: pathlib.Path) -> Configure:
             "train.learning_rate=0.01",
             "train.warmup_steps=0",
             "sampling.max_new_tokens=3",
+            "sampling.gap_tolerance=null",  # one program less to compile; the gate has tests of its own
             f"data.train={file}",
             "eval.data=null",
         ]

@@ -129,7 +129,18 @@ def test_floats_in_every_spelling(text, value):
         ("sampling", "temperature", 0.0),
         ("sampling", "temperature", -1.0),
         ("sampling", "top_p", 0.9),
+        ("sampling", "top_k", 5),
+        ("sampling", "min_p", 0.1),
+        ("sampling", "min_new_tokens", 2),
         ("sampling", "slots", 0),
+        ("sampling", "segment", 0),
+        ("sampling", "cache_dtype", "int4"),
+        ("sampling", "gap_tolerance", -0.1),
+        ("sampling", "server", "localhost:8000"),
+        ("sampling", "server_folder", "served"),  # without a server
+        ("sampling", "server_model", "m"),
+        ("sampling", "server_timeout", 0.0),
+        ("sampling", "gap_tolerance", float("nan")),
         ("train", "prompts_per_step", 0),
         ("train", "minibatches", 0),
         ("train", "minibatches", 3),  # does not divide 64 * 4
@@ -161,6 +172,9 @@ def test_floats_in_every_spelling(text, value):
         ("eval", "temperature", -1.0),
         ("eval", "top_p", 0.0),
         ("eval", "top_k", -1),
+        ("eval", "min_p", 1.5),
+        ("eval", "min_new_tokens", 0),
+        ("eval", "min_new_tokens", 7),  # of 6
         ("eval", "problems_per_stratum", 0),
         ("compare", "seeds", []),
         ("compare", "seeds", [1, 1]),

@@ -11,7 +11,7 @@ import pytest
 from gdro_jax.data import prompts
 from gdro_jax.data.sources import DataError
 from gdro_jax.evaluation.run import Graded
-from gdro_jax.training import Config, InputError, inputs, loop, setup
+from gdro_jax.training import Config, InputError, evaluator, inputs, setup
 
 TESTS = pathlib.Path(__file__).parent.parent
 LOSS, ADAM = "training/test_step.py::test_every_option_of_the_loss_acts", "training/test_step.py::test_adam_by_hand"
@@ -62,8 +62,17 @@ SHOWN = {
     "controller.settings": HERE + "controller_options",
     "sampling.max_new_tokens": "sampling/test_sampler.py::test_one_new_token",
     "sampling.temperature": "sampling/test_sampler.py::test_log_probs_are_the_full_logits_and_the_trainers",
-    "sampling.top_p": "training/test_config.py::test_ranges",  # in training only 1.0 is right; eval.top_p is free
+    "sampling.top_p": "training/test_config.py::test_ranges",  # training refuses to truncate; evaluation may
     "sampling.top_k": "training/test_config.py::test_ranges",
+    "sampling.min_p": "training/test_config.py::test_ranges",
+    "sampling.min_new_tokens": "training/test_config.py::test_ranges",
+    "sampling.cache_dtype": "training/test_agreement.py::test_a_cache_of_fewer_bits_moves_the_sampler_a_little",
+    "sampling.segment": "training/test_agreement.py::test_segments_are_handed_to_the_grader_as_they_end",
+    "sampling.gap_tolerance": "training/test_agreement.py::test_a_run_whose_sampler_disagrees_does_not_start",
+    "sampling.server": "training/test_served.py::test_a_run_by_a_served_model_brings_it_every_policy",
+    "sampling.server_folder": "training/test_served.py::test_a_run_by_a_served_model_brings_it_every_policy",
+    "sampling.server_model": "training/test_served.py::test_a_run_by_a_served_model_brings_it_every_policy",
+    "sampling.server_timeout": "training/test_served.py::test_what_goes_wrong_is_one_line",
     "sampling.slots": "training/test_loop.py::test_ledger_and_record",
     "train.prompts_per_step": HERE + "controller_options",
     "train.minibatches": "training/test_step.py::test_minibatches_are_updates_in_turn",
@@ -92,6 +101,8 @@ SHOWN = {
     "eval.temperature": HERE + "evaluation_options",
     "eval.top_p": HERE + "evaluation_options",
     "eval.top_k": HERE + "evaluation_options",
+    "eval.min_p": HERE + "evaluation_options",
+    "eval.min_new_tokens": HERE + "evaluation_options",
     "eval.problems_per_stratum": HERE + "evaluation_options",
     "compare.output": "test_cli.py::test_compare",
     "compare.seeds": "test_cli.py::test_compare",
@@ -253,9 +264,10 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
             7,
         )
 
-    monkeypatch.setattr(loop.evaluation, "responses", responses)
+    monkeypatch.setattr(evaluator.evaluation, "responses", responses)
     settings = {"temperature": 0.6, "top_p": 0.8, "top_k": 20, "samples": 4, "k": 2, "problems_per_stratum": 1}
     settings |= {"max_new_tokens": 4, "template": "Q {problem}", "problems_per_call": 3}
+    settings |= {"min_p": 0.05, "min_new_tokens": 2}
     eval_settings = [f"eval.{name}={value}" for name, value in settings.items()]
     trainer = launch(configure(*eval_settings, f"eval.data={problems_file(tmp_path, rows)}", "sampling.slots=5"))
     summaries, count = trainer._evaluator("model", "key", final=False)
@@ -263,6 +275,7 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     assert asked["ids"] == [0, 1] and asked["samples"] == 4 and count == 8
     sampler = asked["sampler"]
     assert (sampler.temperature, sampler.top_p, sampler.top_k) == (0.6, 0.8, 20)
+    assert (sampler.min_p, sampler.min_new_tokens) == (0.05, 2)
     assert (sampler.max_new_tokens, sampler.slots, sampler.stop_tokens) == (4, 5, (1,))
     assert asked["per_call"] == 3 and asked["prompt"] == "Q 0="
     assert some["k"] == 2 and some["overall"]["mean"] == 0.25 and some["overall"]["pass"] == pytest.approx(0.5)

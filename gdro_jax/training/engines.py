@@ -1,0 +1,22 @@
+"""What a run samples with: the package's own sampler, or a served model that is brought every new policy."""
+
+from gdro_jax.models import qwen3
+from gdro_jax.sampling import Engine, Sampler, ServedModel, served
+from gdro_jax.training import setup
+from gdro_jax.training.config import Config
+from gdro_jax.training.export import save_policy
+
+
+def make(config: Config, policy: setup.Policy) -> Engine:
+    """The engine that `sampling` asks for; nothing is sent to a server yet."""
+    settings, built = config.sampling, config.sampling.build(policy.stop_tokens)
+    url, folder = settings.server, settings.server_folder
+    if url is None or folder is None:
+        return Sampler(policy.model, built)
+
+    def push(model: qwen3.Qwen3) -> None:
+        save_policy(model, folder, setup.tokenizer_folder(config.model), policy.stop_tokens)
+        served.reload(url, settings.server_timeout)
+
+    name = settings.server_model or folder
+    return ServedModel(url, name, built, timeout=settings.server_timeout, push=push)
