@@ -1,9 +1,10 @@
 """Sampling benchmarks, one JSON line each: `python experiments/benchmarks/sampling.py WORKLOAD`.
 
 w1a       16 prompts of 64 tokens x 8 rollouts, 128 new tokens each, log-probs returned
-w3        the same rows in 32 slots, up to 512 new tokens, 128 of 8,192 tokens stopping a row
+w3        the same rows in 40 slots, up to 512 new tokens, 128 of 8,192 tokens stopping a row
 w3-fixed  the same rows all at once, decoded until the longest ends, as fixed-batch loops do
 w3-graded w3 while math-verify grades real responses, one for each row: --data FOLDER with labelled_responses.jsonl
+cache     log-probs of the shipped base against the trainer's, by what keys and values are kept in
 flat      decode seconds per token while the prompts already finished grow, 4 rows each
 
 Qwen3 of 4 layers, width 256, feed-forward 768, 8 heads over 4 KV heads of 32, vocabulary 8,192, random float32 weights.
@@ -38,11 +39,11 @@ PROMPTS, ROLLOUTS, PROMPT_TOKENS, STOPS = 16, 8, 64, tuple(range(128))
 def main() -> None:
     """Runs one workload and prints its line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", choices=("w1a", "w3", "w3-fixed", "w3-graded", "flat"))
+    parser.add_argument("workload", choices=("w1a", "w3", "w3-fixed", "w3-graded", "cache", "flat"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data", type=pathlib.Path, help="of w3-graded")
     parser.add_argument("--workers", type=int, default=2, help="that grade, of w3-graded")
-    parser.add_argument("--slots", type=int, default=32, help="of w3")
+    parser.add_argument("--slots", type=int, default=40, help="of w3")
     asked = parser.parse_args()
     model = random_model()
     line: dict[str, object] = {
@@ -64,6 +65,8 @@ def main() -> None:
         case "w3-graded":
             config = SamplingConfig(max_new_tokens=512, stop_tokens=STOPS, slots=asked.slots)
             line |= graded(model, config, asked.repeats, asked.data, asked.workers)
+        case "cache":
+            line |= cache()
         case "flat":
             line |= flat(model)
     print(json.dumps(line))
@@ -170,6 +173,27 @@ def graded(
         "grading_alone_seconds": [round(s, 3) for s in alone[1:]],
         "wait_share": round(statistics.median(shares), 4),
     }
+
+
+def cache() -> dict[str, object]:
+    """Mean and largest difference of log-probs over tokens, and bytes that a token of a row keeps."""
+    import importlib.resources
+
+    from gdro_jax.models import hf
+    from gdro_jax.training import agreement
+
+    model = hf.load(pathlib.Path(str(importlib.resources.files("gdro_jax") / "embedded" / "base")))
+    tokens = np.random.default_rng(0).integers(8, model.config.vocab_size, (32, 8)).astype(np.int32)
+    index, gaps = np.repeat(np.arange(32, dtype=np.int32), 4), {}
+    vectors = 2 * model.config.num_layers * model.config.num_kv_heads
+    for dtype, size in ((None, 4 * model.config.head_dim), ("bfloat16", 2 * model.config.head_dim),
+                        ("int8", model.config.head_dim + 4)):  # fmt: skip
+        sampler = Sampler(model, SamplingConfig(max_new_tokens=64, cache_dtype=dtype))
+        asked = (tokens, np.ones(tokens.shape, bool), index, index, jax.random.key(0))
+        gap = agreement.measure(sampler, model, *asked, 1.0, 64)
+        gaps[dtype or "float32"] = {"mean": gap.mean, "largest": gap.largest, "tokens": gap.tokens}
+        gaps[dtype or "float32"] |= {"bytes_per_token": vectors * size}
+    return {"head_dim": model.config.head_dim, "gaps": gaps}
 
 
 def limits(model: qwen3.Qwen3) -> dict[str, object]:
