@@ -18,6 +18,7 @@ _UNUSED = {  # sections and fields that a command does not look at: giving one i
     "compare": ("run.seed", "run.output", "controller.name"),
     "eval": (
         *("controller", "train", "compare", "reward", "model.path", "model.param_dtype", "model.remat"),
+        *(f"model.lora_{n}" for n in ("rank", "alpha", "targets")),
         *(f"run.{n}" for n in ("output", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "save_model")),
         *(f"data.{n}" for n in ("train", "mixture", "loader", "contamination", "benchmarks")),
         *(f"sampling.{n}" for n in ("temperature", "top_p", "top_k", "min_p", "min_new_tokens", "gap_tolerance")),

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
 
 from gdro_jax import cli, commands, eval_commands, evaluation, rewards
@@ -177,6 +179,69 @@ def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, tiny_folder, prob
     assert printed.err.count("\n") == 1 and printed.err.endswith("\n") and printed.err.startswith("gdro")
     assert words in printed.err
     assert sorted(tmp_path.iterdir()) == before  # nothing was begun
+
+
+def without_a_tensor(data: bytes) -> bytes:
+    tensors = safetensors.numpy.load(data)
+    del tensors["model.norm.weight"]
+    return safetensors.numpy.save(tensors)
+
+
+def of_no_known_kind(data: bytes) -> bytes:
+    content = json.loads(data)
+    content["model"]["type"] = "Nope"
+    return json.dumps(content).encode()
+
+
+DAMAGED = {  # file, what happens to it, words of the line
+    "weights cut short": ("model.safetensors", lambda data: data[:-100], "model.safetensors: truncated or not"),
+    "empty weights": ("model.safetensors", lambda data: b"", "model.safetensors: truncated or not"),
+    "a missing tensor": ("model.safetensors", without_a_tensor, "missing model.norm.weight"),
+    "config cut short": ("config.json", lambda data: data[:40], "config.json: not valid JSON"),
+    "config that is no object": ("config.json", lambda data: b"[]", "config.json: expected a JSON object, got list"),
+    "config of bytes": ("config.json", lambda data: b"\xff\xfe\x00", "config.json"),
+    "stop tokens cut short": ("generation_config.json", lambda data: b'{"eos_token_id": [', "generation_config.json: "),
+    "stop tokens that are no object": (
+        "generation_config.json",
+        lambda data: b"[1]",
+        "expected a JSON object, got list",
+    ),
+    "tokenizer cut short": ("tokenizer.json", lambda data: data[: len(data) // 2], "tokenizer.json: not valid JSON"),
+    "an empty tokenizer": ("tokenizer.json", lambda data: b"", "tokenizer.json: not valid JSON"),
+    "a tokenizer of no known kind": ("tokenizer.json", of_no_known_kind, "tokenizer.json: malformed"),
+    "tokenizer settings cut short": (
+        "tokenizer_config.json",
+        lambda data: b'{"a',
+        "tokenizer_config.json: not valid JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "export"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(name, command, tmp_path, tiny_folder, problems, capsys):
+    file, change, words = DAMAGED[name]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    whole = (model / file).read_bytes() if (model / file).is_file() else b"{}"
+    (model / file).write_bytes(change(whole))
+    before = sorted(tmp_path.iterdir())
+    arguments = {
+        "train": [
+            f"--model.path={model}",
+            f"--data.train={problems}",
+            "--eval.data=null",
+            f"--run.output={tmp_path}/x",
+        ],
+        "eval": [model, problems],
+        "export": [model, tmp_path / "x"],
+    }
+    assert invoke(command, *arguments[command]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith(f"gdro {command}: ")
+    assert words in printed.err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_bad_input_to_a_real_process(tmp_path):

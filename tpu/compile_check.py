@@ -50,11 +50,10 @@ def check(
     config: Config, architecture: qwen3.Qwen3Config, kernel: str, chip: jax.Device, prompt_tokens: int
 ) -> dict[str, float]:
     """Compiles the step of a configuration for one chip; seconds, and bytes by the compiler's own analysis."""
-    learner, batch = jax.eval_shape(lambda: arguments_of(config, architecture, kernel, prompt_tokens))
+    shapes = jax.eval_shape(lambda: arguments_of(config, architecture, kernel, prompt_tokens))
     place = jax.sharding.SingleDeviceSharding(chip)
-    learner, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (learner, batch))
-    reference = jax.eval_shape(qwen3.working, learner.model) if config.train.kl_coef > 0 else None
-    reference = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), reference)
+    on_chip = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    learner, reference, batch = on_chip
     begun = time.perf_counter()
     lowered = jax.jit(step.update, static_argnames=("config", "temperature")).lower(
         learner, reference, batch, config=config.train, temperature=config.sampling.temperature
@@ -71,8 +70,8 @@ def check(
 
 def arguments_of(
     config: Config, architecture: qwen3.Qwen3Config, kernel: str, length: int
-) -> tuple[step.Learner, step.Batch]:
-    """A learner and a batch of the configuration's shapes, prompts of `length` tokens."""
+) -> tuple[step.Learner, qwen3.Qwen3 | None, step.Batch]:
+    """A learner, the frozen policy and a batch of the configuration's shapes, prompts of `length` tokens."""
     prompts, rows, tokens = config.train.prompts_per_step, config.rows_per_step, config.sampling.max_new_tokens
     rollouts = np.full(prompts, config.controller.mean_rollouts)
     pieces = config.train.minibatches * config.train.microbatches
@@ -90,7 +89,10 @@ def arguments_of(
         scorable=jnp.ones(rows, bool),
         pieces=jax.tree.map(jnp.asarray, batching.cut(rollouts, pieces, np.random.default_rng(0))),
     )
-    return step.Learner(model, step.make_optimiser(config.train).init(model)), batch
+    low_rank = config.model.lora_rank is not None
+    trained = setup.adapters(config.model, architecture, jax.random.key(0)) if low_rank else model
+    frozen = qwen3.working(model) if low_rank or config.train.kl_coef > 0 else None
+    return step.Learner(trained, step.make_optimiser(config.train).init(trained)), frozen, batch
 
 
 def _refuse(reason: str) -> int:

@@ -193,7 +193,9 @@ def _declared_stops(path: Path) -> set[int]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error})") from None
-    value = content.get("eos_token_id") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    value = content.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
         raise DataError(f"{path}: eos_token_id is {value!r}; a token id or a list of them is needed")

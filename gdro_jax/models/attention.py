@@ -157,7 +157,7 @@ def _splash(seen: jax.Array, interpret: bool) -> Attend:
 
     def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
-        free = [n for n in mesh.axis_names if n not in mesh.manual_axes and mesh.shape[n] > 1]
+        free = [n for n in mesh.axis_names if n not in mesh.manual_axes]  # a kernel is split along none by itself
         if not free:
             return _splash_local(q, k, v, seen, interpret)
         heads = [n for n in free if n == _TENSOR_AXIS and k.shape[2] % mesh.shape[n] == 0]

@@ -48,7 +48,8 @@ def read_config(folder: pathlib.Path) -> Qwen3Config:
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(str(error)) from error
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+        where = folder / "config.json"
+        raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
 
 
 def open_tensors(folder: pathlib.Path, files: contextlib.ExitStack) -> dict[str, TensorSlice]:

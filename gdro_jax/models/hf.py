@@ -31,10 +31,10 @@ from gdro_jax.models.checkpoint import (
     read_config,
 )
 from gdro_jax.models.config import ParamSpec, Qwen3Config, param_specs, stored_shape
-from gdro_jax.models.qwen3 import Qwen3
+from gdro_jax.models.qwen3 import Qwen3, working
 from gdro_jax.models.sharding import param_sharding
 
-__all__ = ["CheckpointError", "CheckpointNotFoundError", "load", "save", "stored_dtype"]
+__all__ = ["CheckpointError", "CheckpointNotFoundError", "load", "read_object", "save", "stored_dtype"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = (
@@ -106,18 +106,19 @@ def save(
     replaced as a whole, but only if it holds nothing that this function does not write.
 
     Args:
-      model: of any sharding, as long as this process can read all of it.
+      model: of any sharding, as long as this process can read all of it; adapters are merged.
       path: the folder to make; its parents are made too.
       tokenizer_from: a folder whose tokenizer files and generation_config.json are copied.
       generation: entries of generation_config.json that replace the copied ones, such as `eos_token_id`.
       max_file_bytes: above it the weights are split over several files with an index.
 
     Raises:
-      CheckpointError: `path` holds other files, or `tokenizer_from` no tokenizer; one line.
+      CheckpointError: `path` holds other files, or `tokenizer_from` no tokenizer or a malformed file; one line.
       ValueError: `max_file_bytes` below 1.
     """
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes={max_file_bytes}: must be at least 1")
+    model = model if model.adapters() is None else working(model)
     target = pathlib.Path(path).resolve()
     _check_replaceable(target)
     extras = [] if tokenizer_from is None else _tokenizer_files(pathlib.Path(tokenizer_from))
@@ -251,7 +252,7 @@ def _batches(tensors: Iterator[tuple[str, np.ndarray]], most: int) -> Iterator[d
 
 
 def _update_json(file: pathlib.Path, changes: Mapping[str, object]) -> None:
-    content = json.loads(file.read_text()) if file.is_file() else {}
+    content = read_object(file) if file.is_file() else {}
     file.write_text(json.dumps(content | dict(changes), indent=2) + "\n")
 
 
@@ -259,7 +260,25 @@ def _tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:
     found = [folder / name for name in (*TOKENIZER_FILES, GENERATION_FILE) if (folder / name).is_file()]
     if not any(file.name in ("tokenizer.json", "vocab.json") for file in found):
         raise CheckpointNotFoundError(f"tokenizer_from={str(folder)!r}: no tokenizer.json or vocab.json there")
+    for file in found:
+        if file.suffix == ".json":
+            read_object(file)
     return found
+
+
+def read_object(file: pathlib.Path) -> dict[str, object]:
+    """A file's JSON object.
+
+    Raises:
+      CheckpointError: it is something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _check_replaceable(target: pathlib.Path) -> None:

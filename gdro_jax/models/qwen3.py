@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gdro_jax.models import attention, rope
+from gdro_jax.models import attention, lora, rope
 from gdro_jax.models.config import ParamSpec, Qwen3Config, num_params, param_specs, stored_shape
 
 __all__ = [
-    "ParamSpec", "PromptKV", "Qwen3", "Qwen3Config", "block_weights", "embed_tokens", "extend", "final_norm", "init",
-    "logits", "num_params", "param_specs", "prefill", "rotation", "run_block", "stored_shape", "unembed",
+    "ParamSpec", "PromptKV", "Qwen3", "Qwen3Config", "adapted", "block_weights", "embed_tokens", "extend", "final_norm",
+    "init", "logits", "num_params", "param_specs", "prefill", "rotation", "run_block", "stored_shape", "unembed",
     "unembed_weight", "working",
 ]  # fmt: skip
 
@@ -44,6 +44,7 @@ class Qwen3(nnx.Module):
         `products` the results of matrix products with weights, `block` the block's input alone; the rest is made
         again. It changes no result.
       kernel: of attention over whole prompts and responses (static), as `attention.choose` gives it.
+      adapters: low-rank changes of some of the matrices, None for none.
 
     Raises:
       ValueError: a missing or unexpected name, a wrong shape, or an unknown `remat` or `kernel`.
@@ -60,6 +61,7 @@ class Qwen3(nnx.Module):
         compute_dtype: str | None = None,
         remat: str = "none",
         kernel: str = "xla",
+        adapters: lora.Adapters | None = None,
     ):
         specs = param_specs(config)
         if set(specs) != set(arrays):
@@ -76,12 +78,22 @@ class Qwen3(nnx.Module):
         self.compute_dtype = compute_dtype
         self.remat = remat
         self.kernel = kernel
+        factors = {} if adapters is None else adapters.arrays
+        self.adapted, self.lora_scale = tuple(factors), None if adapters is None else adapters.scale
+        for name, array in factors.items():
+            setattr(self, name, nnx.Param(array))
         for name in specs:
             setattr(self, name, nnx.Param(arrays[name]))
 
     def arrays(self) -> dict[str, jax.Array]:
         """The parameters by name, in the order of `param_specs`."""
         return {name: getattr(self, name)[...] for name in param_specs(self.config)}
+
+    def adapters(self) -> lora.Adapters | None:
+        """The adapters, None without."""
+        if self.lora_scale is None:
+            return None
+        return lora.Adapters(arrays={name: getattr(self, name)[...] for name in self.adapted}, scale=self.lora_scale)
 
 
 class PromptKV(NamedTuple):
@@ -106,13 +118,22 @@ def init(config: Qwen3Config, key: jax.Array, dtype: str = "float32") -> Qwen3:
     return Qwen3(config, arrays)
 
 
+def adapted(base: Qwen3, adapters: lora.Adapters) -> Qwen3:
+    """The base with the adapters on it; it computes with their sum."""
+    return Qwen3(base.config, base.arrays(), base.compute_dtype, base.remat, base.kernel, adapters)
+
+
 def working(model: Qwen3) -> Qwen3:
-    """The model as it computes: every parameter in the compute dtype. The same object if they are so already."""
-    dtype = _compute_dtype(model)
+    """The model as it computes: adapters merged, every parameter in the compute dtype. Itself if it is so already."""
+    dtype, adapters = _compute_dtype(model), model.adapters()
     arrays = model.arrays()
-    if all(array.dtype == dtype for array in arrays.values()):
+    if adapters is None and all(array.dtype == dtype for array in arrays.values()):
         return model
-    cast = {name: array.astype(dtype) for name, array in arrays.items()}
+    low = {} if adapters is None else adapters.scaled()
+    cast = {
+        name: lora.merged(x, low[f"{name}_a"], low[f"{name}_b"], str(dtype)) if f"{name}_a" in low else x.astype(dtype)
+        for name, x in arrays.items()
+    }
     return Qwen3(model.config, cast, model.compute_dtype, model.remat, model.kernel)
 
 
@@ -223,8 +244,10 @@ def final_norm(model: Qwen3, x: jax.Array) -> jax.Array:
 
 
 def block_weights(model: Qwen3) -> dict[str, jax.Array]:
-    """The stacked parameters by name, what blocks are scanned over."""
-    return {name: getattr(model, name)[...] for name, spec in param_specs(model.config).items() if spec.stacked}
+    """The stacked parameters by name, and adapters, what blocks are scanned over."""
+    adapters = model.adapters()
+    stacked = {name: getattr(model, name)[...] for name, spec in param_specs(model.config).items() if spec.stacked}
+    return stacked if adapters is None else stacked | adapters.scaled()
 
 
 def run_block(
@@ -235,7 +258,7 @@ def run_block(
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]],
 ) -> tuple[jax.Array, Aux]:
     """One pre-norm block: x [N, S, D], `turn` from `rotation`; `attend` does the mixing and returns what it keeps."""
-    c, w = config, {name: array.astype(x.dtype) for name, array in weights.items()}
+    c, w = config, lora.effective(weights, x.dtype)
     h = _rms_norm(x, w["input_norm"], c.rms_norm_eps)
     q, k, v = (_heads(_matmul(h, w[f"{n}_proj"]) + w.get(f"{n}_bias", 0), c.head_dim) for n in "qkv")
     q = rope.rotate(_rms_norm(q, w["q_norm"], c.rms_norm_eps), turn)

@@ -12,6 +12,7 @@ MESH_AXES: dict[str, str | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "head_dim": None,
+    "rank": None,
 }
 
 

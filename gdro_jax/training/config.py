@@ -4,6 +4,7 @@ import dataclasses
 
 from gdro_jax.data.orders import LOADERS
 from gdro_jax.data.prompts import resolve_template
+from gdro_jax.models import lora
 from gdro_jax.models.attention import KERNELS
 from gdro_jax.models.qwen3 import REMAT
 from gdro_jax.rewards.verifier import check_name
@@ -64,6 +65,10 @@ class ModelConfig:
         products, `block` the layer's input alone. Less memory for more time, the same result.
       attention: the kernel over whole prompts and responses: `xla` anywhere, `cudnn` on NVIDIA GPUs in bfloat16,
         `splash` on TPUs where heads are of a multiple of 128; `auto` takes the platform's own where it can run.
+      lora_rank: r of low-rank adapters (arXiv 2106.09685), which alone are trained, in `param_dtype`, over the frozen
+        model in `dtype`; None to train all parameters.
+      lora_alpha: the adapters' product counts alpha / r times.
+      lora_targets: the matrices adapted, `all` of attention and MLP or names of some, as `q_proj,v_proj`.
       tokenizer: a folder with the tokenizer, None for the model's own.
       random_init: seed of a random initialisation from the folder's config.json alone, None to load its weights.
     """
@@ -73,6 +78,9 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+    lora_targets: str = "all"
     tokenizer: str | None = None
     random_init: int | None = None
 
@@ -83,10 +91,24 @@ class ModelConfig:
             value = getattr(self, field)
             _check(value in ("float32", "bfloat16"), "model", field, value, "float32 or bfloat16")
         _check(self.remat in REMAT, "model", "remat", self.remat, " or ".join(REMAT))
+        self._check_lora()
         kinds = ("auto", *KERNELS)
         _check(self.attention in kinds, "model", "attention", self.attention, " or ".join(kinds))
         ok = self.param_dtype == "float32" or self.dtype == "bfloat16"
         _check(ok, "model", "param_dtype", self.param_dtype, "float32 where model.dtype is")
+
+    def _check_lora(self) -> None:
+        ok = self.lora_rank is None or self.lora_rank >= 1
+        _check(ok, "model", "lora_rank", self.lora_rank, "at least 1, or null for no adapters")
+        ok = 0 < self.lora_alpha < float("inf")
+        _check(ok, "model", "lora_alpha", self.lora_alpha, "above 0, and finite")
+        try:
+            lora.targets(self.lora_targets)
+        except ValueError as error:
+            raise ValueError(f"model.lora_targets={self.lora_targets!r}: {error}") from None
+        for field, default in (("lora_alpha", 16.0), ("lora_targets", "all")):
+            ok = self.lora_rank is not None or getattr(self, field) == default
+            _check(ok, "model", field, getattr(self, field), f"{default} without model.lora_rank, which it belongs to")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
 """The trained policy out of a run, as a Hugging Face folder: what transformers and vLLM open."""
 
+import dataclasses
 import pathlib
 import re
 
-import transformers
+import jax
 
 from gdro_jax.data import prompts
 from gdro_jax.models import hf, hub, qwen3
+from gdro_jax.models.checkpoint import read_config
 from gdro_jax.training import config_io, setup
 from gdro_jax.training.checkpoint import restore_part
 from gdro_jax.training.config import Config
@@ -34,7 +36,7 @@ def export(source: str, out: str, *, dtype: str | None = None, max_file_bytes: i
         config = config_io.load(run / "config.yaml")
         model = _of_run(run, step, config)
         tokens_at = setup.tokenizer_folder(config.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_at)
+        tokenizer = setup.load_tokenizer(tokens_at)
         stops = prompts.stop_tokens(setup.model_folder(config.model.path, weights=False), tokenizer)
         dtype = config.model.dtype if dtype is None else dtype
     else:
@@ -43,6 +45,9 @@ def export(source: str, out: str, *, dtype: str | None = None, max_file_bytes: i
             raise setup.InputError(f"{source}: no such folder; expected a run, one of its checkpoints, or a model")
         if not (folder / "config.json").is_file():
             raise setup.InputError(f"{source}: holds neither config.yaml, as a run does, nor config.json, as a model")
+        read_config(folder)
+        if (folder / "tokenizer.json").is_file():
+            setup.load_tokenizer(folder)  # what would not open is not passed on
         model = hf.load(folder, dtype=hf.stored_dtype(folder) if dtype is None else dtype)
         tokens_at = folder
     save_policy(qwen3.Qwen3(model.config, model.arrays(), dtype), out, tokens_at, stops, max_file_bytes)
@@ -72,7 +77,13 @@ def _of_run(run: pathlib.Path, step: str | None, config: Config) -> qwen3.Qwen3:
     if step is not None and step not in map(str, saved):
         raise setup.InputError(f"{run}: no checkpoint {step}; there are {', '.join(map(str, saved))}")
     folder = run / "checkpoints" / (str(saved[-1]) if step is None else step)
-    architecture = qwen3.Qwen3Config.from_hf(setup.model_folder(config.model.path, weights=False))
+    if config.model.lora_rank is not None:
+        base = setup.load_policy(dataclasses.replace(config.model, attention="xla")).model
+        like = jax.eval_shape(lambda: setup.adapters(config.model, base.config, jax.random.key(0)))
+        paths = {f"{_PREFIX}arrays[{name!r}]": name for name in like.arrays}
+        factors = {paths[path]: array for path, array in restore_part(folder, list(paths)).items()}
+        return qwen3.working(qwen3.adapted(base, dataclasses.replace(like, arrays=factors)))
+    architecture = read_config(setup.model_folder(config.model.path, weights=False))
     wanted = {f"{_PREFIX}{name}.value": name for name in qwen3.param_specs(architecture)}
     arrays = restore_part(folder, list(wanted))
     return qwen3.Qwen3(architecture, {wanted[path]: array for path, array in arrays.items()})

@@ -27,7 +27,7 @@ from gdro_jax.training.evaluator import Evaluator
 from gdro_jax.training.export import save_policy
 from gdro_jax.training.ledger import Clock, Ledger
 
-_PLAN, _SAMPLE, _CUT, _EVAL, _INIT, _GATE = range(6)  # purposes of random keys
+_PLAN, _SAMPLE, _CUT, _EVAL, _INIT, _GATE, _ADAPT = range(7)  # purposes of random keys
 
 
 class Collected(NamedTuple):
@@ -66,7 +66,8 @@ class Trainer:
         self.config, self.parts, self.verifier, self.compiles = config, parts, verifier, compiles
         self.key = jax.random.key(config.run.seed)
         self.folder = pathlib.Path(config.run.output)
-        self.reference = qwen3.working(parts.policy.model) if config.train.kl_coef > 0 else None
+        base, low_rank = parts.policy.model, config.model.lora_rank is not None
+        self.reference = qwen3.working(base) if config.train.kl_coef > 0 or low_rank else None
         longest = config.data.max_prompt_tokens or parts.train.longest
         self.tokens, self.mask = prompt_data.pad(parts.train.tokens, longest)
         self.strata = np.array([p.stratum for p in parts.train.problems], dtype=object)
@@ -78,13 +79,16 @@ class Trainer:
         self._evaluator = Evaluator(config, parts, verifier) if parts.heldout is not None else None
         self.ledger, self.step = Ledger(), 0
         self._warm = False  # whether every program of a step has been compiled
-        opt_state = step.make_optimiser(config.train).init(parts.policy.model)
+        trained = setup.adapters(config.model, base.config, self._fold(_ADAPT)) if low_rank else base
+        opt_state = step.make_optimiser(config.train).init(trained)
         rule_state = parts.rule.init(self._fold(_INIT))
-        self.state = State(step.Learner(parts.policy.model, opt_state), rule_state)
+        self.state = State(step.Learner(trained, opt_state), rule_state)
         self._pending: records.Record | None = None  # a step's record that is not in the log yet
         with contextlib.ExitStack() as on_error:
             self._lock = run_folder.claim(config)
             on_error.callback(self._lock.release)
+            first = list(parts.train.tokens[0])
+            run_folder.keep_first_prompt(self.folder, first, str(parts.policy.tokenizer.decode(first)))
             self._open()
             on_error.pop_all()
 
@@ -116,7 +120,7 @@ class Trainer:
         done = self.step >= self.config.run.steps and self._pending is None
         if done and self.config.run.save_model:
             policy, tokens_at = self.parts.policy, setup.tokenizer_folder(self.config.model)
-            save_policy(self.state.learner.model, self.folder / "model", tokens_at, policy.stop_tokens)
+            save_policy(self._policy(), self.folder / "model", tokens_at, policy.stop_tokens)
         return done
 
     def check_agreement(self) -> agreement.Gap | None:
@@ -125,7 +129,7 @@ class Trainer:
         Raises:
           agreement.Disagreement: over `sampling.gap_tolerance`.
         """
-        settings, model = self.config.sampling, self.state.learner.model
+        settings, model = self.config.sampling, self._policy()
         if settings.gap_tolerance is None:
             return None
         ids = np.arange(self.config.train.prompts_per_step)
@@ -166,6 +170,9 @@ class Trainer:
         if self.log.last is not None:  # it knows of the evaluation that followed the checkpoint
             self.ledger, self._pending = Ledger(**self.log.last["ledger"]), None
 
+    def _policy(self) -> qwen3.Qwen3:
+        return step.policy(self.state.learner.model, self.reference)
+
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
@@ -203,7 +210,7 @@ class Trainer:
         cut = batching.cut(plan.rollouts, pieces, np.random.default_rng((run.seed, _CUT, number)))
         clock.lap("plan")
         ids = plan.prompt_ids
-        self._sampler.update(self.state.learner.model)
+        self._sampler.update(self._policy())
         key = self._fold(_SAMPLE, number)
         out = sampling.empty(len(index), self.config.sampling.max_new_tokens)
         answers, policy = [self.parts.train.problems[ids[i]].answer for i in index], self.parts.policy
@@ -301,7 +308,7 @@ class Trainer:
     def _evaluate(self, final: bool) -> records.Record:
         assert self._evaluator is not None
         begun = time.perf_counter()
-        summaries, rollouts = self._evaluator(self.state.learner.model, self._fold(_EVAL), final)
+        summaries, rollouts = self._evaluator(self._policy(), self._fold(_EVAL), final)
         self.ledger.eval_rollouts += rollouts
         self.ledger.eval_seconds += time.perf_counter() - begun
         return summaries

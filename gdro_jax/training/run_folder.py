@@ -1,6 +1,7 @@
 """A run's folder: made, or found to hold this very run, before anything is written to it."""
 
 import pathlib
+from collections.abc import Sequence
 
 import filelock
 
@@ -27,6 +28,12 @@ def claim(config: Config) -> filelock.BaseFileLock:
         raise InputError(f"run.output={config.run.output!r}: another process is training in it") from None
     config_io.save(config, folder / "config.yaml")
     return lock
+
+
+def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str) -> None:
+    """`first_prompt.txt`: how many tokens and which, and below an empty line the text that they are."""
+    ids = " ".join(map(str, tokens))
+    (folder / "first_prompt.txt").write_text(f"{len(tokens)} tokens: {ids}\n\n{text}\n")
 
 
 def check(config: Config) -> None:

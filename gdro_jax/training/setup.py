@@ -11,7 +11,7 @@ import transformers
 
 from gdro_jax import controllers
 from gdro_jax.data import orders, prompts
-from gdro_jax.models import attention, hf, hub, qwen3
+from gdro_jax.models import attention, hf, hub, lora, qwen3
 from gdro_jax.training import inputs
 from gdro_jax.training.config import Config, ModelConfig
 
@@ -55,6 +55,25 @@ def tokenizer_folder(config: ModelConfig) -> pathlib.Path:
     return model_folder(config.path if config.tokenizer is None else config.tokenizer, weights=False)
 
 
+def load_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
+
+    Raises:
+      InputError, CheckpointError: its files are malformed.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            hf.read_object(folder / name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"model.tokenizer: {folder}: cannot be opened ({error!r})") from error
+    except Exception as error:
+        if type(error) is not Exception:  # `tokenizers` raises these, plain, for a malformed tokenizer.json
+            raise
+        raise InputError(f"model.tokenizer: {folder / 'tokenizer.json'}: malformed ({error})") from error
+
+
 def load_policy(config: ModelConfig) -> Policy:
     """Model, tokenizer and stop tokens.
 
@@ -65,23 +84,24 @@ def load_policy(config: ModelConfig) -> Policy:
     if not folder.is_dir():
         raise InputError(f"model.path={config.path!r}: no such folder; expected config.json and *.safetensors in it")
     tokens_at = tokenizer_folder(config)
-    if not (tokens_at / "tokenizer.json").is_file():
+    if not (tokens_at / "tokenizer.json").is_file():  # before the weights are read
         raise InputError(f"model.tokenizer: {tokens_at} holds no tokenizer.json")
+    held = config.param_dtype if config.lora_rank is None else config.dtype  # what is frozen need not be finer
     if config.random_init is None:
-        model = hf.load(folder, dtype=config.param_dtype)
+        model = hf.load(folder, dtype=held)
     else:
         key = jax.random.key(config.random_init)
         try:
             architecture = qwen3.Qwen3Config.from_hf(folder)
         except (ValueError, FileNotFoundError) as error:
             raise InputError(f"model.path={config.path!r}: {error}") from None
-        model = qwen3.init(architecture, key, config.param_dtype)
+        model = qwen3.init(architecture, key, held)
     try:
         kernel = attention.choose(config.attention, jax.default_backend(), model.config.head_dim, config.dtype)
     except ValueError as error:
         raise InputError(f"model.{error}") from None
     model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, kernel)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_at)
+    tokenizer = load_tokenizer(tokens_at)
     stops = prompts.stop_tokens(folder, tokenizer)
     vocab = model.config.vocab_size
     if len(tokenizer) > vocab:
@@ -90,6 +110,19 @@ def load_policy(config: ModelConfig) -> Policy:
     if outside:
         raise InputError(f"model.path={config.path!r}: stop tokens {outside} are outside the vocabulary of {vocab}")
     return Policy(model, tokenizer, stops)
+
+
+def adapters(config: ModelConfig, architecture: qwen3.Qwen3Config, key: jax.Array) -> lora.Adapters:
+    """The adapters that are trained, where `lora_rank` is given; they change nothing yet."""
+    assert config.lora_rank is not None
+    return lora.init(
+        architecture,
+        key,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        names=lora.targets(config.lora_targets),
+        dtype=config.param_dtype,
+    )
 
 
 def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs | None = None) -> Setup:

@@ -16,7 +16,7 @@ import optax
 
 from gdro_jax.losses import grpo, linear_logprob
 from gdro_jax.losses.reduction import LossSums, finish, finish_grad
-from gdro_jax.models import qwen3
+from gdro_jax.models import lora, qwen3
 from gdro_jax.training.batching import Pieces
 from gdro_jax.training.config import TrainConfig
 
@@ -48,9 +48,9 @@ class Batch(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What the optimiser changes: the policy and the optimiser's own state."""
+    """What the optimiser changes: the policy, or adapters on a frozen one, and the optimiser's own state."""
 
-    model: qwen3.Qwen3
+    model: qwen3.Qwen3 | lora.Adapters
     opt_state: Any
 
 
@@ -111,7 +111,7 @@ def update(
 
     Args:
       learner: policy and optimiser state.
-      reference: the frozen policy of the KL term, None where the coefficient is 0.
+      reference: the frozen policy, of the KL term and under adapters; None where there is neither.
       batch: the step's rollouts.
       config: of the step.
       temperature: that the rollouts were sampled at.
@@ -141,12 +141,24 @@ def update(
 
 
 def surrogate_signal(
-    model: qwen3.Qwen3, reference: qwen3.Qwen3 | None, batch: Batch, config: TrainConfig, temperature: float
+    model: qwen3.Qwen3 | lora.Adapters,
+    reference: qwen3.Qwen3 | None,
+    batch: Batch,
+    config: TrainConfig,
+    temperature: float,
 ) -> jax.Array:
-    """`StepResult.signal` of a policy that is not changed, for weights that come from the step's own batch."""
+    """`StepResult.signal` of a learner's model that is not changed, for weights that come from the step's own batch."""
     batch = jax.tree.map(jnp.asarray, batch)
     sums_of = functools.partial(_piece_sums, reference, batch, _rows(batch, config), config, temperature)
     return _per_prompt(batch, jax.lax.map(lambda piece: sums_of(model, piece)[1], batch.pieces))
+
+
+def policy(trained: qwen3.Qwen3 | lora.Adapters, frozen: qwen3.Qwen3 | None) -> qwen3.Qwen3:
+    """The policy that a learner's model stands for: itself, or the frozen one with these adapters on it."""
+    if not isinstance(trained, lora.Adapters):
+        return trained
+    assert frozen is not None
+    return qwen3.adapted(frozen, trained)
 
 
 def _rows(batch: Batch, config: TrainConfig) -> dict[str, Array]:
@@ -187,15 +199,16 @@ def _piece_sums(
     rows: dict[str, Array],
     config: TrainConfig,
     temperature: float,
-    model: qwen3.Qwen3,
+    trained: qwen3.Qwen3 | lora.Adapters,
     piece: Pieces,
 ) -> tuple[LossSums, jax.Array, jax.Array]:
     """Loss sums of a piece, its rows' losses without the adversary's weights, and the sampler's log-prob gap."""
+    model = policy(trained, reference)
     part = {name: value[piece.rows] for name, value in rows.items()}
     prompts = (batch.prompts[piece.prompts], batch.prompt_mask[piece.prompts], piece.local_index)
     logprobs, entropy = response_logprobs(model, *prompts, part["tokens"], part["mask"], temperature)
     ref = None
-    if reference is not None:
+    if reference is not None and config.kl_coef > 0:
         ref, _ = response_logprobs(reference, *prompts, part["tokens"], part["mask"], temperature)
     sums_with = functools.partial(
         grpo.loss_sums,
@@ -216,11 +229,11 @@ def _piece_sums(
     return weighted, plain, gap
 
 
-def _accumulate(sums_of: Any, model: qwen3.Qwen3, pieces: Pieces) -> tuple[LossSums, jax.Array, jax.Array, Any]:
+def _accumulate(sums_of: Any, model: Any, pieces: Pieces) -> tuple[LossSums, jax.Array, jax.Array, Any]:
     """Sums, plain row losses [A, rows], largest gap and gradient of the sum over a minibatch's A microbatches."""
 
     def one(piece: Pieces) -> tuple[Any, Any]:
-        def objective(model: qwen3.Qwen3) -> tuple[jax.Array, Any]:
+        def objective(model: Any) -> tuple[jax.Array, Any]:
             sums, plain, gap = sums_of(model, piece)
             return sums.loss, (sums._replace(per_row=jnp.zeros(())), plain, gap)
 
