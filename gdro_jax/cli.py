@@ -16,6 +16,10 @@ DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
 _UNUSED = {  # sections and fields that a command does not look at: giving one is an error
     "train": ("compare",),
     "compare": ("run.seed", "run.output", "controller.name"),
+    "plan": (
+        *("reward", "eval", "compare", "run", "sampling.top_p", "sampling.top_k", "sampling.slots"),
+        *("controller.settings", "data.contamination", "data.benchmarks"),
+    ),
     "eval": (
         *("controller", "train", "compare", "reward", "model.path", "model.param_dtype", "model.remat"),
         *(f"model.lora_{n}" for n in ("rank", "alpha", "targets")),
@@ -84,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.command == "regrade":
             eval_commands.regrade(known.folder, config)
             return DONE
+        if known.command == "plan":
+            return DONE if commands.plan(config, known.topology) else FAULT
         if known.command == "eval":
             names = [name for name in (known.benchmarks or "").split(",") if name]
             if (known.problems is None) == (not names):
@@ -111,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     texts = {
         "train": "one run; give the same command again to resume it",
         "compare": "several methods on the same prompts, budget and seeds, with a table and a report",
+        "plan": "what a training step needs, before anything runs: shapes, memory, arithmetic; exit code 1: too large",
         "eval": "mean@k, pass@k and maj@k of a model on problems or benchmarks, by level and subject, with intervals",
         "regrade": "grade the responses that gdro eval kept again",
         "compare-evals": "paired differences between evaluations that gdro eval kept",
@@ -151,6 +158,12 @@ def _parser() -> argparse.ArgumentParser:
             )
             sub.add_argument("--benchmark-folder", metavar="FOLDER", help="where the benchmarks' published files are")
             sub.add_argument("--out", metavar="FOLDER", help="keep summary, table, figure and every response there")
+        if name == "plan":
+            sub.add_argument("config", nargs="?", metavar="CONFIG", help="YAML with any of the sections below")
+            sub.add_argument(
+                "--topology", metavar="NAME", help="compile for a chip of v5e:8x8, say; needs libtpu, no TPU"
+            )
+            continue
         sub.add_argument("--config", metavar="FILE", help="YAML with any of the sections below")
     return parser
 

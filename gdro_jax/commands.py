@@ -13,10 +13,12 @@ from gdro_jax.data import sources
 from gdro_jax.evaluation import store
 from gdro_jax.models.hf import CheckpointError
 from gdro_jax.sampling import ServerError
-from gdro_jax.training import config_io, inputs, run_folder, setup
+from gdro_jax.training import chips, config_io, inputs, run_folder, setup
 from gdro_jax.training import export as exporting
+from gdro_jax.training import plan as planning
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
+from gdro_jax.training.guard import NotFiniteError
 from gdro_jax.training.loop import Trainer
 from gdro_jax.training.progress import Progress
 
@@ -29,7 +31,13 @@ BAD_INPUT_ERRORS = (
     CheckpointError,
 )
 """Errors that mean bad input: one clear line, exit code 2."""
-FAULTS = (rewards.UnscorableError, rewards.VerifierError, evaluation.NothingScorableError, ServerError)
+FAULTS = (
+    rewards.UnscorableError,
+    rewards.VerifierError,
+    evaluation.NothingScorableError,
+    ServerError,
+    NotFiniteError,
+)
 """Faults that say all there is to say in one line, exit code 1. Anything else keeps its traceback."""
 
 
@@ -114,6 +122,19 @@ def _changes(method: str, changes: object) -> dict:
             "alone, on the same prompts, at the same budget"
         )
     return changes or {}
+
+
+def plan(config: Config, topology: str | None) -> bool:
+    """Prints what a step needs on the first device here, or on a chip of a TPU topology; whether it fits."""
+    try:
+        device = chips.device(topology)
+    except ValueError as error:
+        raise setup.InputError(str(error)) from None
+    architecture = setup.architecture(config.model)
+    shape = planning.shapes(config, setup.longest_prompt(config))
+    compiled, chip = planning.compile_step(config, architecture, shape, device), chips.chip(device)
+    print(planning.text(config, architecture, shape, compiled, chip))
+    return planning.fits(compiled, chip)
 
 
 def export(source: str, out: str, dtype: str | None, max_file_bytes: int) -> int:

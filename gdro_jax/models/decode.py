@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gdro_jax.models import attention, qwen3
+from gdro_jax.models import qwen3, recompute
 
 
 class KV(NamedTuple):
@@ -201,7 +201,7 @@ def _over(q: jax.Array, kv: KV, mask: jax.Array) -> _Part:
     products = jnp.einsum("nkmc,nkcu->nkmu", q, kv.k.astype(q.dtype), preferred_element_type=jnp.float32)
     if kv.k_scale is not None:
         products = products * kv.k_scale[:, :, None]
-    scores = jnp.where(mask[:, None, None], products * q.shape[-1] ** -0.5, attention.MASKED)
+    scores = jnp.where(mask[:, None, None], products * q.shape[-1] ** -0.5, recompute.MASKED)
     top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
     scaled = weights if kv.v_scale is None else weights * kv.v_scale[:, :, None]

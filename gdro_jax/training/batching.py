@@ -29,13 +29,14 @@ def flat_index(rollouts: np.ndarray) -> np.ndarray:
     return np.repeat(np.arange(len(rollouts), dtype=np.int32), rollouts)
 
 
-def cut(rollouts: np.ndarray, pieces: int, rng: np.random.Generator) -> Pieces:
+def cut(rollouts: np.ndarray, pieces: int, rng: np.random.Generator, most: int | None = None) -> Pieces:
     """Pieces of a step, prompts in an order that is random but keeps every piece near P / C prompts.
 
     Args:
       rollouts: int32[P], at least 0 each; their sum R is a multiple of `pieces`.
       pieces: C.
       rng: shuffles the prompts; unused for one piece.
+      most: rollouts that a prompt can get, which bounds the prompts of a piece; None: three times their mean.
 
     Raises:
       ValueError: C does not divide R.
@@ -52,8 +53,8 @@ def cut(rollouts: np.ndarray, pieces: int, rng: np.random.Generator) -> Pieces:
     rows = np.concatenate([np.arange(starts[i], starts[i] + rollouts[i]) for i in order]).astype(np.int32)
     rows = rows.reshape(pieces, -1)
     needed = [list(dict.fromkeys(prompt_of[piece].tolist())) for piece in rows]
-    width = prompts_per_piece(len(rollouts), total, pieces)
-    if max(map(len, needed)) > width:  # counts beyond three times their mean: still right, one more compiled shape
+    width = prompts_per_piece(len(rollouts), total, pieces, most)
+    if max(map(len, needed)) > width:  # counts beyond the most allowed: still right, one more compiled shape
         width = len(rollouts)
     prompts = np.zeros((pieces, width), np.int32)
     local = np.zeros_like(rows)
@@ -64,14 +65,18 @@ def cut(rollouts: np.ndarray, pieces: int, rng: np.random.Generator) -> Pieces:
     return Pieces(rows, prompts, local)
 
 
-def prompts_per_piece(num_prompts: int, total: int, pieces: int) -> int:
-    """Prompts a piece has room for: enough whenever no prompt has more than three times the mean rollouts.
+def prompts_per_piece(num_prompts: int, total: int, pieces: int, most: int | None = None) -> int:
+    """Prompts a piece has room for: enough whenever no prompt has more than `most` rollouts.
 
     In the balanced order the running sum of rollouts stays within the largest count of its mean course, so a window
-    of w rows meets at most (w + 3 n_max) / n_bar prompts.
+    of w rows meets at most (w + 3 n_max) / n_bar prompts. Where all have the mean, it is what a window can touch.
     """
-    mean = total / num_prompts
-    return num_prompts if pieces == 1 else min(num_prompts, math.ceil((total / pieces) / mean + 9))
+    mean, rows = total / num_prompts, total // pieces
+    if pieces == 1:
+        return num_prompts
+    if most is not None and most == mean:
+        return min(num_prompts, rows // most if rows % most == 0 else (rows + most - 2) // most + 1)
+    return min(num_prompts, math.ceil((rows + 3 * (3 * mean if most is None else most)) / mean))
 
 
 def _balanced_order(rollouts: np.ndarray, rng: np.random.Generator) -> list[int]:

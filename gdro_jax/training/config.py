@@ -304,10 +304,17 @@ class TrainConfig:
       prompts_per_step: P.
       minibatches: optimiser updates per step; the step's rows are split evenly among them.
       microbatches: pieces a minibatch is split into to save memory; the result does not depend on it.
-      learning_rate, warmup_steps, adam_b1, adam_b2, adam_eps, weight_decay, max_grad_norm: AdamW behind a clip of the
-        gradient's global norm.
+      optimiser: `adamw`, `adafactor` or `muon` (`training.optimiser`); moment_dtype: of the first moment, `float32` or
+        `bfloat16`.
+      learning_rate, warmup_steps, adam_b1, adam_b2, adam_eps, weight_decay, max_grad_norm: of the optimiser, behind a
+        clip of the gradient's global norm; Muon takes the three of Adam for what is no matrix of a block.
+      decay, decay_steps, final_rate: how the rate falls after the warm-up, `linear` or `cosine`, over how many updates,
+        and to what share of learning_rate; None keeps it constant.
+      max_skipped: an update whose loss or gradient is not finite is left out; more in a row than this end the run.
       kl_coef, kl_estimator: pull to the frozen initial policy; at 0 no reference is kept.
-      clip_low, clip_high, dual_clip: of the ratio (Eq. 5).
+      clip_low, clip_high, dual_clip: of the ratio (Eq. 5); ratio_level: `token`, or `sequence` for one per response.
+      importance_cap: the ratio is to the trainer's own log-probs before the step, and each token's surrogate weighs
+        min(trainer / sampler, cap), for a sampler that is not quite the policy; None takes the sampler's log-probs.
       aggregate: `sequence`, `token` or `constant` length aggregation.
       row_weighting: `prompt` (every prompt weighs the same) or `rollout` (every row does).
       advantage_scale: `std` or `none`; advantage_baseline: `mean` or `leave_one_out`; advantage_clip: bound or None.
@@ -316,18 +323,26 @@ class TrainConfig:
     prompts_per_step: int = 64
     minibatches: int = 1
     microbatches: int = 1
+    optimiser: str = "adamw"
+    moment_dtype: str = "float32"
     learning_rate: float = 3e-4
     warmup_steps: int = 5
+    decay: str | None = None
+    decay_steps: int | None = None
+    final_rate: float = 0.0
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    max_skipped: int = 10
     kl_coef: float = 0.001
     kl_estimator: str = "k3"
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float | None = None
+    ratio_level: str = "token"
+    importance_cap: float | None = None
     aggregate: str = "sequence"
     row_weighting: str = "prompt"
     advantage_scale: str = "std"
@@ -347,7 +362,12 @@ class TrainConfig:
         _check(self.clip_low <= 1, "train", "clip_low", self.clip_low, "in 0..1")
         for field in ("adam_b1", "adam_b2"):
             _check(0 <= getattr(self, field) < 1, "train", field, getattr(self, field), "in [0, 1)")
+        _check(self.max_skipped >= 0, "train", "max_skipped", self.max_skipped, "at least 0")
+        ok = self.importance_cap is None or 0 < self.importance_cap < float("inf")
+        _check(ok, "train", "importance_cap", self.importance_cap, "above 0, and finite, or null for off")
+        self._check_optimiser()
         choices = {
+            "ratio_level": ("token", "sequence"),
             "kl_estimator": ("k1", "k2", "k3"),
             "aggregate": ("sequence", "token", "constant"),
             "row_weighting": ("prompt", "rollout"),
@@ -360,6 +380,21 @@ class TrainConfig:
         _check(ok, "train", "dual_clip", self.dual_clip, "above 1, or null for off")
         ok = self.advantage_clip is None or self.advantage_clip > 0
         _check(ok, "train", "advantage_clip", self.advantage_clip, "above 0, or null for off")
+
+    def _check_optimiser(self) -> None:
+        choices = {"optimiser": ("adamw", "adafactor", "muon"), "moment_dtype": ("float32", "bfloat16")}
+        for field, allowed in choices.items():
+            _check(getattr(self, field) in allowed, "train", field, getattr(self, field), " or ".join(allowed))
+        if self.optimiser == "adafactor":  # it has no first moment, and a decay rate of its own for the second
+            for field in ("moment_dtype", "adam_b1", "adam_b2", "adam_eps"):
+                default = TrainConfig.__dataclass_fields__[field].default
+                allowed_value = f"{default}: optimiser=adafactor does not use it"
+                _check(getattr(self, field) == default, "train", field, getattr(self, field), allowed_value)
+        _check(self.decay in (None, "linear", "cosine"), "train", "decay", self.decay, "linear or cosine, or null")
+        ok = (self.decay is None) == (self.decay_steps is None) and (self.decay_steps is None or self.decay_steps >= 1)
+        _check(ok, "train", "decay_steps", self.decay_steps, "at least 1 with train.decay, null without")
+        ok = 0 <= self.final_rate <= 1 and (self.decay is not None or self.final_rate == 0)
+        _check(ok, "train", "final_rate", self.final_rate, "in 0..1 with train.decay, 0 without")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gdro_jax import controllers, rewards, sampling
@@ -19,13 +20,14 @@ from gdro_jax.data import prompts as prompt_data
 from gdro_jax.models import qwen3
 from gdro_jax.rewards import shaping
 from gdro_jax.sampling import Rollouts
-from gdro_jax.training import agreement, batching, engines, overlap, records, run_folder, setup, step
+from gdro_jax.training import agreement, batching, engines, guard, overlap, records, run_folder, setup, step
 from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
 from gdro_jax.training.evaluator import Evaluator
 from gdro_jax.training.export import save_policy
 from gdro_jax.training.ledger import Clock, Ledger
+from gdro_jax.training.optimiser import learning_rate, make_optimiser
 
 _PLAN, _SAMPLE, _CUT, _EVAL, _INIT, _GATE, _ADAPT = range(7)  # purposes of random keys
 
@@ -74,15 +76,18 @@ class Trainer:
         self._plan, self._update_rule = jax.jit(parts.rule.plan), jax.jit(parts.rule.update)
         self._metrics, self._reweigh = jax.jit(parts.rule.metrics), jax.jit(parts.rule.reweigh)
         self._sampler = engines.make(config, parts.policy)
-        self._update = jax.jit(step.update, static_argnames=("config", "temperature"))
+        self._update = jax.jit(step.update, static_argnames=("config", "temperature"), donate_argnames="learner")
         self._signal = jax.jit(step.surrogate_signal, static_argnames=("config", "temperature"))
         self._evaluator = Evaluator(config, parts, verifier) if parts.heldout is not None else None
         self.ledger, self.step = Ledger(), 0
+        self._most = setup.most_rollouts(config.controller)
         self._warm = False  # whether every program of a step has been compiled
+        # Updates take the memory of what is trained; the policy stays, for the reference and for other runs.
         trained = setup.adapters(config.model, base.config, self._fold(_ADAPT)) if low_rank else base
-        opt_state = step.make_optimiser(config.train).init(trained)
+        trained = jax.tree.map(jnp.copy, trained)
         rule_state = parts.rule.init(self._fold(_INIT))
-        self.state = State(step.Learner(trained, opt_state), rule_state)
+        self.state = State(step.Learner(trained, make_optimiser(config.train).init(trained)), rule_state)
+        self._left_out = guard.LeftOut()
         self._pending: records.Record | None = None  # a step's record that is not in the log yet
         with contextlib.ExitStack() as on_error:
             self._lock = run_folder.claim(config)
@@ -95,10 +100,12 @@ class Trainer:
     def run(self, on_record: Callable[[records.Record], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains to the last step; True when done, False when `stop` asked for an end.
 
-        However it ends, by a fault too, everything up to the last whole step is in a checkpoint.
+        However it ends, by a fault too, everything up to the last whole step is in a checkpoint; only a fault in the
+        update itself, which works in the state's own memory, leaves the checkpoint before.
 
         Raises:
           agreement.Disagreement: sampler and trainer are too far apart; nothing is trained or written.
+          guard.NotFiniteError: too many updates in a row were left out.
         """
         if self.step < self.config.run.steps and not stop():
             self.check_agreement()
@@ -115,6 +122,7 @@ class Trainer:
                 self._pending = self.one_step()
                 if self._due(self.config.run.checkpoint_every):
                     self.save()
+                guard.check(self._left_out, self.config.train.max_skipped, self.folder, self.step)
         finally:
             self.save()
         done = self.step >= self.config.run.steps and self._pending is None
@@ -155,8 +163,10 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoints everything under the present step, with the record that is not in the log yet."""
+        if any(array.is_deleted() for array in jax.tree.leaves(self.state.learner)):
+            return  # an update took them and gave none back
         counters = {"ledger": dataclasses.asdict(self.ledger), "pending": records.plain(self._pending)}
-        counters |= {"data": self.parts.train.fingerprint}
+        counters |= {"data": self.parts.train.fingerprint, "left_out": list(self._left_out)}
         self.checkpoints.save(self.step, self.state, counters)
 
     def _open(self) -> None:
@@ -207,7 +217,7 @@ class Trainer:
         plan = jax.device_get(plan)
         index = batching.flat_index(plan.rollouts)
         pieces = self.config.train.minibatches * self.config.train.microbatches
-        cut = batching.cut(plan.rollouts, pieces, np.random.default_rng((run.seed, _CUT, number)))
+        cut = batching.cut(plan.rollouts, pieces, np.random.default_rng((run.seed, _CUT, number)), self._most)
         clock.lap("plan")
         ids = plan.prompt_ids
         self._sampler.update(self._policy())
@@ -256,6 +266,9 @@ class Trainer:
             fixed = (fixed[0], batch._replace(weights=weights), *fixed[2:])
             collected = collected._replace(plan=plan._replace(weights=weights))
         result = self._update(self.state.learner, *fixed)
+        self._left_out = self._left_out.after(np.asarray(result.applied))
+        if self._left_out.in_row > self.config.train.max_skipped:
+            guard.keep(self.folder, self.step + 1, fixed[1])
         outcome = outcome._replace(signal=np.asarray(result.signal))
         rule_state = jax.block_until_ready(self._update_rule(collected.rule_state, plan, outcome))
         clock.lap("update")
@@ -275,12 +288,13 @@ class Trainer:
         strata = self.strata[plan.prompt_ids].tolist()
         metrics = {name: float(value) for name, value in result.metrics.items()}
         number = self.step + 1
+        updates = number * self.config.train.minibatches - self._left_out.total
         return {
             "step": number,
             "reward": records.mean(reward),  # over prompts: rows would count the prompts with more rollouts more
             "shaped_reward": float(collected.shaped[grades.scorable].mean()) if grades.scorable.any() else None,
             **metrics,
-            "learning_rate": float(step.learning_rate(self.config.train)(number * self.config.train.minibatches - 1)),
+            "learning_rate": float(learning_rate(self.config.train)(max(updates - 1, 0))),
             "response_length": float(out.mask.sum(1).mean()),
             "unscorable": float(1.0 - grades.scorable.mean()),
             "clipped_length": float(1.0 - out.finished.mean()),
@@ -330,6 +344,7 @@ class Trainer:
                 "was trained on (other problems, or others of them usable); give it back, or choose another folder"
             )
         self.ledger, self._pending, self.step = Ledger(**counters["ledger"]), counters["pending"], latest
+        self._left_out = guard.LeftOut(*counters.get("left_out", ()))  # a checkpoint of before has none
         return True
 
 

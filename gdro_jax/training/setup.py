@@ -13,7 +13,7 @@ from gdro_jax import controllers
 from gdro_jax.data import orders, prompts
 from gdro_jax.models import attention, hf, hub, lora, qwen3
 from gdro_jax.training import inputs
-from gdro_jax.training.config import Config, ModelConfig
+from gdro_jax.training.config import Config, ControllerConfig, ModelConfig
 
 
 class InputError(ValueError):
@@ -91,15 +91,8 @@ def load_policy(config: ModelConfig) -> Policy:
         model = hf.load(folder, dtype=held)
     else:
         key = jax.random.key(config.random_init)
-        try:
-            architecture = qwen3.Qwen3Config.from_hf(folder)
-        except (ValueError, FileNotFoundError) as error:
-            raise InputError(f"model.path={config.path!r}: {error}") from None
-        model = qwen3.init(architecture, key, held)
-    try:
-        kernel = attention.choose(config.attention, jax.default_backend(), model.config.head_dim, config.dtype)
-    except ValueError as error:
-        raise InputError(f"model.{error}") from None
+        model = qwen3.init(architecture(config), key, held)
+    kernel = attention_kernel(config, model.config, jax.default_backend())
     model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, kernel)
     tokenizer = load_tokenizer(tokens_at)
     stops = prompts.stop_tokens(folder, tokenizer)
@@ -166,6 +159,56 @@ def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs |
     response = max(config.sampling.max_new_tokens, config.eval_sampling(policy.stop_tokens).max_new_tokens)
     check_length(policy, [p for p in (train, heldout) if p is not None], response, config)
     return Setup(policy, train, heldout, rule, order, tuple(notes))
+
+
+def most_rollouts(config: ControllerConfig) -> int | None:
+    """Rollouts that a prompt can get where all get the same, None where the rule allots them.
+
+    Raises:
+      InputError: no such rule.
+    """
+    try:
+        return None if "max_rollouts" in controllers.settings(config.name) else config.mean_rollouts
+    except ValueError as error:
+        raise InputError(f"controller: {error}") from None
+
+
+def architecture(config: ModelConfig) -> qwen3.Qwen3Config:
+    """The model's, from its config.json alone.
+
+    Raises:
+      InputError, CheckpointError: a missing folder or file, or one that does not fit.
+    """
+    folder = model_folder(config.path, weights=False)
+    try:
+        return qwen3.Qwen3Config.from_hf(folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"model.path={config.path!r}: {error}") from None
+
+
+def attention_kernel(config: ModelConfig, model: qwen3.Qwen3Config, platform: str) -> str:
+    """The kernel of `model.attention` on a platform.
+
+    Raises:
+      InputError: it cannot run there.
+    """
+    try:
+        return attention.choose(config.attention, platform, model.head_dim, config.dtype)
+    except ValueError as error:
+        raise InputError(f"model.{error}") from None
+
+
+def longest_prompt(config: Config) -> int:
+    """Tokens that every training prompt is padded to: `data.max_prompt_tokens`, else those of the longest.
+
+    Raises:
+      InputError, DataError, CheckpointError: with one clear line.
+    """
+    if config.data.max_prompt_tokens is not None:
+        return config.data.max_prompt_tokens
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder(config.model))
+    train, _ = inputs.ready(inputs.load(config).train, config.data.template, tokenizer, config)
+    return train.longest
 
 
 def check_length(policy: Policy, asked: Sequence[prompts.Prompts], response: int, config: Config) -> None:

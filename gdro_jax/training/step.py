@@ -1,7 +1,7 @@
 """The GRPO step: one compiled program from a step's rollouts to new parameters.
 
 Advantages over uneven groups (Eq. 3), weighted per prompt (Eq. 16), clipped surrogate with KL to a frozen reference
-(Eq. 5 to 7) over minibatches, AdamW behind a clip of the gradient's norm. "Eq." is of arXiv 2601.19280.
+(Eq. 5 to 7) over minibatches, one update of the optimiser each. "Eq." is of arXiv 2601.19280.
 Letters: P prompts, R rows, T response tokens, L prompt tokens, M minibatches, A microbatches, Q prompts of a piece.
 """
 
@@ -14,11 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdro_jax.losses import grpo, linear_logprob
+from gdro_jax.losses import grpo, linear_grpo
 from gdro_jax.losses.reduction import LossSums, finish, finish_grad
+from gdro_jax.losses.surrogate import Options
 from gdro_jax.models import lora, qwen3
 from gdro_jax.training.batching import Pieces
 from gdro_jax.training.config import TrainConfig
+from gdro_jax.training.logprobs import active_logprobs, response_hidden, response_logprobs
+from gdro_jax.training.optimiser import make_optimiser
+
+__all__ = ["Batch", "Learner", "StepResult", "response_logprobs", "surrogate_signal", "update"]
 
 Array = jax.Array | np.ndarray
 
@@ -55,59 +60,28 @@ class Learner(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Signal float32[P] is Eq. 7 without the adversary's weights, NaN for a prompt without a scorable row."""
+    """What a step gives.
+
+    Attributes:
+      learner: after the step.
+      signal: float32[P], Eq. 7 without the adversary's weights, NaN for a prompt without a scorable row.
+      metrics: scalars; means over the minibatches that were applied.
+      applied: bool[M]; False where the loss or the gradient was not finite, and nothing was changed.
+    """
 
     learner: Learner
     signal: jax.Array
     metrics: dict[str, jax.Array]
-
-
-def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up to a constant rate, behind a clip of the gradient's global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            learning_rate(config), config.adam_b1, config.adam_b2, config.adam_eps, weight_decay=config.weight_decay
-        ),
-    )
-
-
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Update number (from 0) to learning rate."""
-    if config.warmup_steps == 0:
-        return optax.constant_schedule(config.learning_rate)
-    return lambda count: config.learning_rate * jnp.minimum(1.0, (count + 1) / config.warmup_steps)
-
-
-def response_logprobs(
-    model: qwen3.Qwen3,
-    prompts: Array,
-    prompt_mask: Array,
-    prompt_index: Array,
-    tokens: Array,
-    mask: Array,
-    temperature: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy, float32[R, T] each, of every response token given what came before it.
-
-    Every prompt is run once, whatever the number of its rows (`prefill`, then `extend` over whole responses).
-    """
-    prompt_index, tokens, mask = jnp.asarray(prompt_index), jnp.asarray(tokens), jnp.asarray(mask)
-    kv, last = qwen3.prefill(model, jnp.asarray(prompts), jnp.asarray(prompt_mask))
-    hidden = last[prompt_index][:, None]
-    if tokens.shape[1] > 1:
-        later = qwen3.extend(model, tokens[:, :-1], mask[:, :-1], kv, prompt_index)
-        hidden = jnp.concatenate([hidden, later], axis=1)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    weight = qwen3.unembed_weight(model)
-    logprobs, entropy = linear_logprob.token_logprobs_and_entropy(flat, weight, tokens.reshape(-1), temperature)
-    return logprobs.reshape(tokens.shape), entropy.reshape(tokens.shape)
+    applied: jax.Array
 
 
 def update(
     learner: Learner, reference: qwen3.Qwen3 | None, batch: Batch, config: TrainConfig, temperature: float
 ) -> StepResult:
     """One GRPO step. Jit it with `config` and `temperature` static.
+
+    A minibatch whose loss or gradient is not finite changes neither parameters nor optimiser; the metric `skipped`
+    counts them.
 
     Args:
       learner: policy and optimiser state.
@@ -117,7 +91,10 @@ def update(
       temperature: that the rollouts were sampled at.
     """
     batch = jax.tree.map(jnp.asarray, batch)
-    sums_of = functools.partial(_piece_sums, reference, batch, _rows(batch, config), config, temperature)
+    rows = _rows(batch, config)
+    if config.importance_cap is not None and config.minibatches > 1:
+        rows["old"] = _policy_logprobs(policy(learner.model, reference), batch, rows, temperature)
+    sums_of = functools.partial(_piece_sums, reference, batch, rows, config, temperature)
     shape = (config.minibatches, config.microbatches)
     pieces = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), batch.pieces)
     optimiser = make_optimiser(config)
@@ -125,19 +102,22 @@ def update(
     def minibatch(learner: Learner, piece: Pieces) -> tuple[Learner, tuple[Any, ...]]:
         sums, plain, gap, grad = _accumulate(sums_of, learner.model, piece)
         grad = jax.tree.map(lambda g, p: g.astype(p.dtype), finish_grad(grad, sums), learner.model)
+        out, norm = finish(sums), optax.global_norm(grad)
+        finite = jnp.isfinite(out.loss) & jnp.isfinite(norm)
         updates, opt_state = optimiser.update(grad, learner.opt_state, learner.model)
-        model = optax.apply_updates(learner.model, updates)
-        out = finish(sums)
-        metrics = out.metrics | {"loss": out.loss, "grad_norm": optax.global_norm(grad)}
-        return Learner(model, opt_state), (plain, gap, metrics)
+        changed = Learner(optax.apply_updates(learner.model, updates), opt_state)
+        learner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, learner)
+        return learner, (plain, gap, out.metrics | {"loss": out.loss, "grad_norm": norm}, finite)
 
-    learner, (plain, gap, metrics) = jax.lax.scan(minibatch, learner, pieces)
+    learner, (plain, gap, metrics, applied) = jax.lax.scan(minibatch, learner, pieces)
     stats = grpo.group_stats(batch.rewards, batch.prompt_index, batch.prompts.shape[0], batch.scorable)
     scored = jnp.maximum((stats.num_rollouts > 0).sum(), 1)
-    summary = {name: value.mean() for name, value in metrics.items()}
+    counted = applied | ~applied.any()  # all, where none was applied: then the metrics say what went wrong
+    summary = {name: jnp.where(counted, value, 0.0).sum() / counted.sum() for name, value in metrics.items()}
     summary["all_equal_groups"] = (stats.all_equal & (stats.num_rollouts > 0)).sum() / scored
     summary["logprob_gap"] = gap[0].max()
-    return StepResult(learner, _per_prompt(batch, plain), summary)
+    summary["skipped"] = (~applied).sum().astype(jnp.float32)
+    return StepResult(learner, _per_prompt(batch, plain), summary, applied)
 
 
 def surrogate_signal(
@@ -181,6 +161,7 @@ def _rows(batch: Batch, config: TrainConfig) -> dict[str, Array]:
         "tokens": batch.tokens,
         "mask": batch.mask,
         "old": batch.logprobs,
+        "sampler": batch.logprobs,
         "unweighted": advantages,
         "advantages": advantages * batch.weights[batch.prompt_index],
         "row_weights": weights * config.minibatches,  # the mean over minibatches is the step's loss
@@ -206,27 +187,53 @@ def _piece_sums(
     model = policy(trained, reference)
     part = {name: value[piece.rows] for name, value in rows.items()}
     prompts = (batch.prompts[piece.prompts], batch.prompt_mask[piece.prompts], piece.local_index)
-    logprobs, entropy = response_logprobs(model, *prompts, part["tokens"], part["mask"], temperature)
+    active = part["mask"] & (part["row_weights"] != 0)[:, None]
     ref = None
     if reference is not None and config.kl_coef > 0:
-        ref, _ = response_logprobs(reference, *prompts, part["tokens"], part["mask"], temperature)
-    sums_with = functools.partial(
-        grpo.loss_sums,
-        logprobs,
-        part["old"],
-        mask=part["mask"],
-        ref_logprobs=ref,
-        row_weights=part["row_weights"],
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        kl_coef=config.kl_coef,
-        kl_estimator=config.kl_estimator,
-        dual_clip=config.dual_clip,
+        ref = active_logprobs(reference, *prompts, part["tokens"], part["mask"], active, temperature)
+    capped = config.importance_cap is not None
+    fixed: dict[str, Any] = {
+        "ratio_level": config.ratio_level,
+        "sampler_logprobs": part["sampler"] if capped else None,
+    }
+    options = Options(
+        config.clip_low, config.clip_high, config.kl_coef, config.kl_estimator, config.dual_clip, config.importance_cap
     )
-    weighted = sums_with(advantages=part["advantages"], aggregate=config.aggregate, token_metrics={"entropy": entropy})
-    plain = jax.lax.stop_gradient(sums_with(advantages=part["unweighted"], aggregate="sequence").per_row)  # Eq. 6
-    gap = jnp.max(jnp.where(part["mask"], jnp.abs(jax.lax.stop_gradient(logprobs) - part["old"]), 0.0))
-    return weighted, plain, gap
+    hidden = response_hidden(model, *prompts, part["tokens"], part["mask"])
+    out = linear_grpo.loss_sums(
+        hidden,
+        qwen3.unembed_weight(model),
+        part["tokens"],
+        None if capped and config.minibatches == 1 else part["old"],  # None: the policy itself, not changed yet
+        part["advantages"],
+        part["mask"],
+        ref,
+        part["row_weights"],
+        temperature,
+        options,
+        aggregate=config.aggregate,
+        **fixed,
+    )
+    old = out.logprobs if capped and config.minibatches == 1 else part["old"]
+    mask, weights = part["mask"], part["row_weights"]
+    plain = grpo.loss_sums(  # Eq. 6
+        out.logprobs, old, part["unweighted"], mask, ref, weights, **options._asdict(), **fixed
+    )
+    gap = jnp.max(jnp.where(active, jnp.abs(out.logprobs - part["sampler"]), 0.0))
+    return out.sums, jax.lax.stop_gradient(plain.per_row), gap
+
+
+def _policy_logprobs(model: qwen3.Qwen3, batch: Batch, rows: dict[str, Array], temperature: float) -> jax.Array:
+    """Log-probs float32[R, T] of all rows before the step, 0 where they do not matter."""
+
+    def one(piece: Pieces) -> jax.Array:
+        tokens, mask, weight = (jnp.asarray(rows[name])[piece.rows] for name in ("tokens", "mask", "row_weights"))
+        prompts = (batch.prompts[piece.prompts], batch.prompt_mask[piece.prompts], piece.local_index)
+        return active_logprobs(model, *prompts, tokens, mask, mask & (weight != 0)[:, None], temperature)
+
+    found = jax.lax.map(one, batch.pieces)
+    flat = found.reshape(-1, found.shape[-1])
+    return jnp.zeros_like(flat).at[jnp.asarray(batch.pieces.rows).reshape(-1)].set(flat)
 
 
 def _accumulate(sums_of: Any, model: Any, pieces: Pieces) -> tuple[LossSums, jax.Array, jax.Array, Any]:
@@ -240,14 +247,16 @@ def _accumulate(sums_of: Any, model: Any, pieces: Pieces) -> tuple[LossSums, jax
         (_, aux), grad = jax.value_and_grad(objective, has_aux=True)(model)
         return aux, jax.tree.map(lambda g: g.astype(jnp.float32), grad)  # summed so, whatever the parameters are
 
-    first, rest = jax.tree.map(lambda x: x[0], pieces), jax.tree.map(lambda x: x[1:], pieces)
-    (sums, plain, gap), grad = one(first)
+    first = jax.tree.map(lambda x: x[0], pieces)
     if pieces.rows.shape[0] == 1:
+        (sums, plain, gap), grad = one(first)
         return sums, plain[None], gap, grad
 
     def add(carry: tuple[Any, Any], piece: Pieces) -> tuple[tuple[Any, Any], tuple[jax.Array, jax.Array]]:
         (sums, plain, gap), grad = one(piece)
         return jax.tree.map(jnp.add, carry, (sums, grad)), (plain, gap)
 
-    (sums, grad), (more, gaps) = jax.lax.scan(add, (sums, grad), rest)
-    return sums, jnp.concatenate([plain[None], more]), jnp.maximum(gap, gaps.max()), grad
+    (sums, _, _), grad = jax.eval_shape(one, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, grad))
+    (sums, grad), (plain, gaps) = jax.lax.scan(add, zeros, pieces)
+    return sums, plain, gaps.max(), grad

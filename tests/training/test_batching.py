@@ -87,3 +87,11 @@ def test_the_shuffle_is_the_generators():
 def test_pieces_must_divide_the_rows():
     with pytest.raises(ValueError, match=r"pieces=4: must divide the step's 10 rows"):
         batching.cut(np.array([4, 6]), 4, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("each", "pieces"), [(4, 4), (4, 2), (6, 4), (5, 3)])
+def test_equal_counts_take_no_more_prompts_than_a_piece_touches(each, pieces):
+    counts = np.full(6, each)
+    cut = batching.cut(counts, pieces, np.random.default_rng(0), most=each)
+    touched = max(len(np.unique(batching.flat_index(counts)[rows])) for rows in cut.rows)
+    assert touched <= cut.prompts.shape[1] <= touched + 1 and cut.prompts.shape[1] < 6

@@ -14,7 +14,11 @@ from gdro_jax.evaluation.run import Graded
 from gdro_jax.training import Config, InputError, evaluator, inputs, setup
 
 TESTS = pathlib.Path(__file__).parent.parent
-LOSS, ADAM = "training/test_step.py::test_every_option_of_the_loss_acts", "training/test_step.py::test_adam_by_hand"
+LOSS, ADAM = (
+    "training/test_step.py::test_every_option_of_the_loss_acts",
+    "training/test_optimiser.py::test_adam_by_hand",
+)
+RATE = "training/test_optimiser.py::test_the_rate_falls_by_line_or_cosine_to_its_floor"
 LONGER = "training/test_loop.py::test_a_longer_run_goes_on_and_a_shorter_one_is_done"
 WHOLE = "training/test_loop.py::test_a_resumed_run_is_the_run_that_was_not_stopped"
 HERE = "training/test_options.py::test_"
@@ -81,7 +85,15 @@ SHOWN = {
     "train.minibatches": "training/test_step.py::test_minibatches_are_updates_in_turn",
     "train.microbatches": "training/test_step.py::test_microbatches_change_nothing",
     "train.learning_rate": ADAM,
-    "train.warmup_steps": "training/test_step.py::test_warm_up_is_linear_then_constant",
+    "train.warmup_steps": "training/test_optimiser.py::test_warm_up_is_linear_then_constant",
+    "train.optimiser": "training/test_optimiser.py::test_muon_takes_the_blocks_matrices_and_adam_the_rest",
+    "train.moment_dtype": "training/test_optimiser.py::test_the_first_moment_may_be_bfloat16",
+    "train.decay": RATE,
+    "train.decay_steps": RATE,
+    "train.final_rate": RATE,
+    "train.max_skipped": "training/test_guard.py::test_too_many_in_a_row_end_the_run_with_the_batch_kept",
+    "train.ratio_level": LOSS,
+    "train.importance_cap": "training/test_step.py::test_importance_weights_make_up_for_another_sampler",
     "train.adam_b1": ADAM,
     "train.adam_b2": ADAM,
     "train.adam_eps": ADAM,

@@ -13,6 +13,7 @@ from gdro_jax.models import qwen3
 from gdro_jax.training import step
 from gdro_jax.training.batching import Pieces
 from gdro_jax.training.config import TrainConfig
+from gdro_jax.training.optimiser import make_optimiser
 
 LENGTH = 5
 
@@ -25,7 +26,7 @@ compiled = jax.jit(step.update, static_argnames=("config", "temperature"))
 
 def run(case, config=PLAIN, batch=None, reference=True, temperature=1.0) -> step.StepResult:
     """Compiled where it is cut, else operation by operation: these are the same few hundred for every option."""
-    learner = step.Learner(case.model, step.make_optimiser(config).init(case.model))
+    learner = step.Learner(case.model, make_optimiser(config).init(case.model))
     batch = case.cut(config) if batch is None else batch
     with jax.disable_jit(config.minibatches * config.microbatches == 1):
         return compiled(learner, case.reference if reference else None, batch, config, temperature)
@@ -128,7 +129,7 @@ def test_loss_and_gradient_are_the_naive_ones(case, plain):
     loss, grad = naive(case.model, case.reference, case.batch, naive_weights(case.batch))
     np.testing.assert_allclose(plain.metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(plain.metrics["grad_norm"], optax.global_norm(grad), rtol=1e-5)
-    optimiser = step.make_optimiser(PLAIN)
+    optimiser = make_optimiser(PLAIN)
     updates, _ = optimiser.update(grad, optimiser.init(case.model), case.model)
     want = optax.apply_updates(case.model, updates)
     assert float(plain.metrics["grad_norm"]) > 0.05
@@ -147,7 +148,7 @@ def test_metrics_are_the_naive_ones(case, plain):
     assert 0.02 < clipped[active].mean() < 0.98
     np.testing.assert_allclose(plain.metrics["clip_fraction"], clipped[active].mean(), rtol=1e-5)
     np.testing.assert_allclose(plain.metrics["kl"], (np.exp(ref - logp) - 1 - ref + logp)[active].mean(), rtol=1e-4)
-    np.testing.assert_allclose(plain.metrics["logprob_gap"], np.abs(logp - batch.logprobs)[batch.mask].max(), rtol=1e-4)
+    np.testing.assert_allclose(plain.metrics["logprob_gap"], np.abs(logp - batch.logprobs)[active].max(), rtol=1e-4)
     np.testing.assert_allclose(plain.metrics["all_equal_groups"], 0.25)  # the last prompt's are 0, 0
     _, entropy = step.response_logprobs(case.model, *batch[:2], *batch[3:6], 1.0)
     np.testing.assert_allclose(plain.metrics["entropy"], np.asarray(entropy)[active].mean(), rtol=1e-5)
@@ -202,7 +203,7 @@ def test_minibatches_are_updates_in_turn(case):
     config = dataclasses.replace(PLAIN, minibatches=2, microbatches=2)
     batch = case.cut(config)
     got = run(case, config, batch)
-    optimiser = step.make_optimiser(config)
+    optimiser = make_optimiser(config)
     model, state, losses = case.model, optimiser.init(case.model), []
     for half in batch.pieces.rows.reshape(2, 6):
         mine = np.zeros(12)
@@ -233,7 +234,6 @@ def test_masked_tokens_and_unscorable_rows_never_matter(case, microbatches):
         logprobs=np.where(lost & batch.mask, -50.0, garbage),
     )
     got, want = run(case, config, spoiled), run(case, config, batch)
-    want.metrics.pop("logprob_gap")  # of every response that was sampled, graded or not
     assert_same(got, want, tolerance=0)
 
 
@@ -262,7 +262,7 @@ def test_responses_of_one_token(case):
 def test_temperature_is_the_samplers(case):
     got = run(case, temperature=0.5)
     logp = np.asarray(sequence_logprobs(case.model, case.batch, 0.5))
-    gap = np.abs(logp - case.batch.logprobs)[case.batch.mask].max()
+    gap = np.abs(logp - case.batch.logprobs)[case.batch.mask & case.batch.scorable[:, None]].max()
     np.testing.assert_allclose(got.metrics["logprob_gap"], gap, rtol=1e-4)
 
 
@@ -274,6 +274,8 @@ def test_temperature_is_the_samplers(case):
         ("clip_low", 0.05),
         ("clip_high", 0.05),
         ("dual_clip", 1.05),
+        ("ratio_level", "sequence"),
+        ("importance_cap", 0.9),
         ("aggregate", "token"),
         ("aggregate", "constant"),
         ("row_weighting", "rollout"),
@@ -284,6 +286,41 @@ def test_temperature_is_the_samplers(case):
 )
 def test_every_option_of_the_loss_acts(case, plain, field, value):
     assert differs(run(case, dataclasses.replace(PLAIN, **{field: value})), plain)
+
+
+@pytest.mark.parametrize("minibatches", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_importance_weights_make_up_for_another_sampler(case, minibatches):
+    """min(old / sampler, cap) * new / old: without clipping or cap that is the ratio to the sampler itself."""
+    free = dataclasses.replace(PLAIN, kl_coef=0.0, clip_low=1.0, clip_high=1e9, minibatches=minibatches)
+    batch = case.cut(free)
+    want = run(case, free, batch, reference=False)
+    got = run(case, dataclasses.replace(free, importance_cap=1e9), batch, reference=False)
+    for a, b in zip(jax.tree.leaves(got.learner.model), jax.tree.leaves(want.learner.model), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(got.metrics["loss"], want.metrics["loss"], rtol=1e-4)
+    assert float(got.metrics["importance"]) > 1.01 and float(got.metrics["importance_cut"]) == 0.0
+    if minibatches == 1:  # the first update is on-policy to the trainer, whatever the sampler was
+        np.testing.assert_allclose(got.metrics["ratio"], 1.0, rtol=1e-5)
+
+
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(case):
+    """Once in the first of two minibatches, once in both."""
+    config = dataclasses.replace(PLAIN, minibatches=2, adam_b1=0.9, kl_coef=0.0)
+    batch = case.cut(config)
+    spoiled = batch.logprobs.copy()
+    spoiled[batch.pieces.rows[0]] = np.nan
+    one = run(case, config, batch._replace(logprobs=spoiled), reference=False)
+    assert np.asarray(one.applied).tolist() == [False, True] and float(one.metrics["skipped"]) == 1.0
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(one.learner))
+    assert np.isfinite(float(one.metrics["loss"])) and float(one.metrics["grad_norm"]) > 0.01
+    assert any(
+        (np.asarray(one.learner.model.arrays()[n]) != np.asarray(x)).any() for n, x in case.model.arrays().items()
+    )
+    both = run(case, config, batch._replace(logprobs=np.full_like(spoiled, np.nan)), reference=False)
+    assert float(both.metrics["skipped"]) == 2.0 and np.isnan(float(both.metrics["loss"]))
+    before = step.Learner(case.model, make_optimiser(config).init(case.model))
+    for a, b in zip(jax.tree.leaves(both.learner), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_bfloat16_gradients_are_summed_in_float32(case):
@@ -297,39 +334,3 @@ def test_bfloat16_gradients_are_summed_in_float32(case):
     ones = jnp.ones((512, 1), jnp.int32)
     _, plain, _, grad = step._accumulate(sums_of, jnp.bfloat16(1.0), Pieces(ones, ones, ones))
     assert grad == 512.0 and grad.dtype == jnp.float32 and plain.shape == (512, 1)
-
-
-# The optimiser -----------------------------------------------------------------------------------------------------
-def updates(gradients: list[float], start: float = 2.0, **fields: float) -> list[float]:
-    """One parameter through some gradients."""
-    settings = {"learning_rate": 0.1, "warmup_steps": 0, "max_grad_norm": 1e9} | fields
-    optimiser = step.make_optimiser(TrainConfig(**settings))
-    parameter, values = jnp.float32(start), []
-    state = optimiser.init(parameter)
-    for gradient in gradients:
-        change, state = optimiser.update(jnp.float32(gradient), state, parameter)
-        parameter = optax.apply_updates(parameter, change)
-        values.append(float(parameter))
-    return values
-
-
-def test_adam_by_hand():
-    """First step: m/(1-b1) = g and v/(1-b2) = g^2, so the parameter moves by the rate, whatever the gradient."""
-    assert updates([3.0]) == pytest.approx([1.9], rel=1e-6)
-    assert updates([3.0], learning_rate=0.2) == pytest.approx([1.8], rel=1e-6)
-    assert updates([3.0], adam_eps=3.0) == pytest.approx([1.95], rel=1e-6)  # g / (|g| + eps) = 1/2
-    assert updates([3.0], weight_decay=0.5) == pytest.approx([1.9 - 0.1 * 0.5 * 2.0], rel=1e-6)
-    assert updates([3.0], adam_eps=1.0, max_grad_norm=1.0) == pytest.approx([1.95], rel=1e-6)  # g is clipped to 1
-    assert updates([1.0, -1.0], adam_b1=0.0, adam_b2=0.5) == pytest.approx([1.9, 2.0], rel=1e-6)
-    m = (0.5 * 0.5 * 1.0 - 0.5 * 1.0) / (1 - 0.25)
-    assert updates([1.0, -1.0], adam_b1=0.5, adam_b2=0.5)[1] == pytest.approx(1.9 - 0.1 * m, rel=1e-6)
-    v = (0.9 * 0.1 * 1.0 + 0.1 * 9.0) / (1 - 0.81)
-    assert updates([1.0, 3.0], adam_b1=0.0, adam_b2=0.9)[1] == pytest.approx(1.9 - 0.1 * 3 / np.sqrt(v), rel=1e-5)
-
-
-def test_warm_up_is_linear_then_constant():
-    rate = step.learning_rate(TrainConfig(learning_rate=0.8, warmup_steps=4))
-    assert [float(rate(i)) for i in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
-    assert updates([1.0], learning_rate=0.8, warmup_steps=4) == pytest.approx([1.8], rel=1e-6)
-    constant = step.learning_rate(TrainConfig(learning_rate=0.8, warmup_steps=0))
-    assert [float(constant(i)) for i in (0, 9)] == pytest.approx([0.8, 0.8])

@@ -1,0 +1,86 @@
+"""Grouped-query attention over several pieces of context under one softmax, with a gradient that keeps no weights.
+
+Forward keeps queries, keys, values, the output and two numbers a query (the softmax's maximum and sum); backward makes
+the weights again, as flash attention does (arXiv 2205.14135, algorithm 4): nothing of size queries x context is held
+from one pass to the other. Queries go a block at a time, so that keys which lie behind a whole block are skipped.
+Letters: N rows, S queries, U keys, H heads, K KV heads, C head size, A queries of a KV head's group, H / K * S.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a row with nothing to attend to gives finite garbage, never NaN
+BLOCKS, SHORTEST = 4, 64  # a causal piece is cut into at most so many blocks, of at least so many queries
+
+Part = tuple[jax.Array, jax.Array, jax.Array]
+
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def attend(q: jax.Array, parts: list[Part]) -> jax.Array:
+    """Softmax attention; scores and sums are float32.
+
+    Args:
+      q: [N, S, H, C].
+      parts: (k, v, mask) with k, v [N, U, K, C] and mask bool[N, S, U]; pieces may differ in U. The last is of the
+        queries' own sequence, U = S, and its mask lets no query see a key behind it.
+
+    Returns:
+      [N, S, H, C].
+    """
+    size = max(SHORTEST, -(-q.shape[1] // BLOCKS))
+    return jnp.concatenate([_block(q, parts, start, size) for start in range(0, q.shape[1], size)], axis=1)
+
+
+def _block(q: jax.Array, parts: list[Part], start: int, size: int) -> jax.Array:
+    """The queries [start, start + size), which see no key of their own sequence at start + size or behind."""
+    end = min(start + size, q.shape[1])
+    q, (k, v, mask) = q[:, start:end], parts[-1]
+    cut = [(k, v, mask[:, start:end]) for k, v, mask in parts[:-1]]
+    cut.append((k[:, :end], v[:, :end], mask[:, start:end, :end]))
+    k, v, mask = (jnp.concatenate(x, axis) for x, axis in zip(zip(*cut, strict=True), (1, 1, 2), strict=True))
+    n, s, h, c = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(n, s, kv_heads, -1, c).transpose(0, 2, 3, 1, 4).reshape(n, kv_heads, -1, c)
+    mixed = _attend(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    return mixed.reshape(n, kv_heads, -1, s, c).transpose(0, 3, 1, 2, 4).reshape(n, s, h, c)
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [N, K, A, C], k, v [N, K, U, C], mask bool[N, S, U] -> [N, K, A, C]."""
+    return _forward(q, k, v, mask)[0]
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32[N, K, A, U], masked."""
+    scores = _product("nkac,nkuc->nkau", q, k) * q.shape[-1] ** -0.5
+    n, kv_heads, _, u = scores.shape
+    grouped = scores.reshape(n, kv_heads, -1, mask.shape[1], u)
+    return jnp.where(mask[:, None, None], grouped, MASKED).reshape(scores.shape)
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = _scores(q, k, mask)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    out = (_product("nkau,nkuc->nkac", weights.astype(v.dtype), v) / total).astype(v.dtype)
+    return out, (q, k, v, mask, out, top, total)
+
+
+def _backward(saved: tuple[jax.Array, ...], bar: jax.Array) -> tuple:
+    q, k, v, mask, out, top, total = saved
+    weights = jnp.exp(_scores(q, k, mask) - top) / total
+    v_bar = _product("nkau,nkac->nkuc", weights.astype(v.dtype), bar)
+    slope = (bar.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    scores_bar = weights * (_product("nkac,nkuc->nkau", bar, v) - slope) * q.shape[-1] ** -0.5
+    scores_bar = scores_bar.astype(q.dtype)
+    q_bar = _product("nkau,nkuc->nkac", scores_bar, k)
+    k_bar = _product("nkau,nkac->nkuc", scores_bar, q)
+    return q_bar.astype(q.dtype), k_bar.astype(k.dtype), v_bar.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,195 @@
+"""What a configuration's training step needs, before anything runs: shapes, compile time, memory, FLOPs, roofline.
+
+The step is compiled for one device as the trainer compiles it, from shapes alone: no weights are read, and the device
+may be a TPU that is not there (`chips.device`). Memory is the compiler's own analysis. FLOPs are counted here, since
+the compiler counts the body of a loop over layers or microbatches once.
+"""
+
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from gdro_jax.models import qwen3
+from gdro_jax.training import batching, setup, step
+from gdro_jax.training.chips import GIB, Chip
+from gdro_jax.training.config import Config
+from gdro_jax.training.optimiser import make_optimiser
+
+FORWARD_PASSES = {"none": 1.0, "products": 1.0, "block": 2.0}  # with what the backward pass makes again of the blocks
+
+
+class Shapes(NamedTuple):
+    """P prompts, R rows, L prompt and T response tokens; a piece has rows and room for prompts; `pieces` in all."""
+
+    prompts: int
+    rows: int
+    prompt_tokens: int
+    response_tokens: int
+    pieces: int
+    piece_rows: int
+    piece_prompts: int
+
+
+class Compiled(NamedTuple):
+    """Seconds of compilation and bytes on the device; `refused` is the compiler's reason where it did not fit."""
+
+    seconds: float
+    arguments: int = 0
+    results: int = 0
+    temporary: int = 0
+    refused: str | None = None
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.results + self.temporary
+
+
+def shapes(config: Config, prompt_tokens: int) -> Shapes:
+    """The step's shapes.
+
+    Raises:
+      setup.InputError: no such controller.
+    """
+    prompts, rows = config.train.prompts_per_step, config.rows_per_step
+    pieces = config.train.minibatches * config.train.microbatches
+    room = batching.prompts_per_piece(prompts, rows, pieces, setup.most_rollouts(config.controller))
+    return Shapes(prompts, rows, prompt_tokens, config.sampling.max_new_tokens, pieces, rows // pieces, room)
+
+
+def compile_step(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, device: jax.Device) -> Compiled:
+    """Compiles the training step for a device, its learner donated as in a run.
+
+    Raises:
+      setup.InputError: `model.attention` cannot run there.
+    """
+    place = jax.sharding.SingleDeviceSharding(device)
+    kernel = setup.attention_kernel(config.model, architecture, device.platform)
+    learner, batch, reference = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(lambda: _arguments(config, architecture, shape, kernel)),
+    )
+    update = jax.jit(step.update, static_argnames=("config", "temperature"), donate_argnames="learner")
+    begun = time.perf_counter()
+    lowered = update.lower(learner, reference, batch, config=config.train, temperature=config.sampling.temperature)
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(time.perf_counter() - begun, refused=str(error).strip().splitlines()[0])
+    seconds = time.perf_counter() - begun
+    assert memory is not None  # every backend that the trainer runs on analyses it
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(seconds, memory.argument_size_in_bytes, results, memory.temp_size_in_bytes)
+
+
+def flops(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> float:
+    """Of one step's update: two a multiplication, all tokens real, three products for the head's loss and gradients."""
+    c = architecture
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    matrices = c.num_layers * (2 * c.hidden_size * (queries + keys) + 3 * c.hidden_size * c.intermediate_size)
+    prompt, response = shape.piece_prompts * shape.prompt_tokens, shape.piece_rows * shape.response_tokens
+    pairs = prompt * shape.prompt_tokens + response * (shape.prompt_tokens + shape.response_tokens)
+    blocks = 2.0 * matrices * (prompt + response) + 4.0 * c.num_layers * queries * pairs
+    head = 2.0 * response * c.hidden_size * c.vocab_size
+    passes = FORWARD_PASSES[config.model.remat] + 2
+    if config.train.kl_coef > 0:
+        return shape.pieces * ((passes + 1) * blocks + 4 * head)
+    return shape.pieces * (passes * blocks + 3 * head)
+
+
+def traffic(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> float:
+    """Bytes that a step moves at the least: parameters read twice a piece, gradients added, the optimiser's update."""
+    count = qwen3.num_params(architecture)
+    working = np.dtype(config.model.dtype).itemsize
+    return count * (shape.pieces * (2 * working + 8) + config.train.minibatches * 28)
+
+
+def knobs(config: Config, shape: Shapes) -> list[str]:
+    """What makes a step smaller, the cheapest first."""
+    train, model = config.train, config.model
+    found = []
+    if shape.piece_rows > 1:
+        found.append(f"train.microbatches={2 * train.microbatches}: half the rows at a time, the same result")
+    if model.remat != "block":
+        found.append("model.remat=block: only the blocks' inputs are kept, about a third more time")
+    if model.dtype == "float32":
+        found.append("model.dtype=bfloat16: half the activations")
+    if train.kl_coef > 0:
+        found.append("train.kl_coef=0: no reference policy")
+    if train.optimiser == "adamw":
+        found.append("train.optimiser=adafactor: hardly any optimiser state")
+    return found
+
+
+def text(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, compiled: Compiled, chip: Chip) -> str:
+    """The plan for people."""
+    work, moved = flops(config, architecture, shape), traffic(config, architecture, shape)
+    lines = [
+        f"device      {chip.name}, {chip.memory / GIB:.1f} GiB"
+        f", {chip.flops / 1e12:.3g} TFLOP/s{' measured just now' if chip.measured else ''}",
+        f"model       {qwen3.num_params(architecture) / 1e6:.1f} million parameters, {architecture.num_layers} layers",
+        f"step        {shape.prompts} prompts of {shape.prompt_tokens} tokens, {shape.rows} rows of "
+        f"{shape.response_tokens} tokens",
+        f"piece       {shape.piece_rows} rows, {shape.piece_prompts} prompts; {config.train.minibatches} updates of "
+        f"{config.train.microbatches} pieces",
+        f"compile     {compiled.seconds:.1f} s, one program",
+    ]
+    if compiled.refused is None:
+        lines.append(
+            f"memory      {compiled.total / GIB:.2f} GiB of {chip.memory / GIB:.1f}: arguments "
+            f"{compiled.arguments / GIB:.2f}, temporary {compiled.temporary / GIB:.2f}, results "
+            f"{compiled.results / GIB:.2f}"
+        )
+    arithmetic = work / chip.flops
+    lines.append(f"work        {work:.3g} FLOP: {arithmetic:.3g} s at the peak rate")
+    if chip.bandwidth:
+        bound = "arithmetic" if arithmetic >= moved / chip.bandwidth else "memory"
+        lines.append(
+            f"traffic     {moved / GIB:.3g} GiB at the least: {moved / chip.bandwidth:.3g} s; {bound} bounds it"
+        )
+    if fits(compiled, chip):
+        lines.append("fits        yes, the update; sampling needs the policy and its cache besides")
+    else:
+        reason = f": {compiled.refused}" if compiled.refused else ""
+        lines.append(f"fits        no{reason}; to make it smaller:")
+        lines += [f"            {knob}" for knob in knobs(config, shape)]
+    return "\n".join(lines)
+
+
+def fits(compiled: Compiled, chip: Chip) -> bool:
+    """Whether the compiler took it and it is within the chip's memory."""
+    return compiled.refused is None and compiled.total <= chip.memory
+
+
+def _arguments(
+    config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, kernel: str
+) -> tuple[step.Learner, step.Batch, qwen3.Qwen3 | None]:
+    """A learner, a batch and a reference of these shapes, to be traced only."""
+    model = qwen3.init(architecture, jax.random.key(0), config.model.param_dtype)
+    model = qwen3.Qwen3(architecture, model.arrays(), config.model.dtype, config.model.remat, kernel)
+    rollouts = np.full(shape.prompts, shape.rows // shape.prompts)
+    rows, tokens = shape.rows, shape.response_tokens
+    batch = step.Batch(
+        prompts=np.zeros((shape.prompts, shape.prompt_tokens), np.int32),
+        prompt_mask=np.ones((shape.prompts, shape.prompt_tokens), bool),
+        weights=np.ones(shape.prompts, np.float32),
+        prompt_index=batching.flat_index(rollouts),
+        tokens=np.zeros((rows, tokens), np.int32),
+        mask=np.ones((rows, tokens), bool),
+        logprobs=np.zeros((rows, tokens), np.float32),
+        rewards=np.zeros(rows, np.float32),
+        scorable=np.ones(rows, bool),
+        pieces=batching.Pieces(
+            np.zeros((shape.pieces, shape.piece_rows), np.int32),
+            np.zeros((shape.pieces, shape.piece_prompts), np.int32),
+            np.zeros((shape.pieces, shape.piece_rows), np.int32),
+        ),
+    )
+    low_rank = config.model.lora_rank is not None
+    reference = qwen3.working(model) if low_rank or config.train.kl_coef > 0 else None
+    trained = setup.adapters(config.model, architecture, jax.random.key(0)) if low_rank else model
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+    return step.Learner(trained, make_optimiser(config.train).init(trained)), batch, reference

@@ -1,0 +1,36 @@
+"""Updates that are left out: counted in a row and in all, and past the limit a clear end with the batch kept."""
+
+import numpy as np
+import pytest
+
+from gdro_jax.training import guard
+
+
+def test_in_row_and_in_all():
+    once = guard.LeftOut().after(np.array([True, False, False]))
+    assert once == (2, 2)
+    assert once.after(np.array([False])) == (3, 3) and once.after(np.array([False, True])) == (0, 3)
+    assert guard.LeftOut(5, 7).after(np.array([True, False])) == (1, 8)
+
+
+def test_too_many_in_a_row_end_the_run_with_the_batch_kept(configure, launch):
+    config = configure("train.max_skipped=1")
+    trainer = launch(config)
+    update = trainer._update
+    trainer._update = lambda learner, reference, batch, *rest: update(
+        learner, reference, batch._replace(logprobs=batch.logprobs * np.nan), *rest
+    )
+    before = np.asarray(trainer.state.learner.model.embed[...])
+    records = []
+    with pytest.raises(guard.NotFiniteError, match=r"step 2: 2 updates in a row .* train.max_skipped=1; .*step_2.npz"):
+        trainer.run(records.append)
+    assert [r["skipped"] for r in records] == [1.0]
+    with np.load(guard.batch_file(trainer.folder, 2)) as kept:
+        assert kept["tokens"].shape == kept["logprobs"].shape == (len(kept["rewards"]), 3)
+        assert sorted(kept["pieces.rows"].reshape(-1).tolist()) == list(range(len(kept["rewards"])))
+    np.testing.assert_array_equal(trainer.state.learner.model.embed[...], before)
+    trainer.close()
+    again = launch(config)
+    assert again.step == 2 and again._left_out == (2, 2)  # a run that goes on remembers
+    assert again.run(records.append)
+    assert [r["skipped"] for r in records] == [1.0, 1.0, 0.0] and again._left_out == (0, 2)

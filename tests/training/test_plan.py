@@ -1,0 +1,81 @@
+"""The plan of a step: its shapes and counts by hand, what it says where it does not fit, and the command."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from gdro_jax.cli import main
+from gdro_jax.models import qwen3
+from gdro_jax.training import InputError, chips, config_io, plan
+
+SMALL = ("train.prompts_per_step=4", "controller.mean_rollouts=2", "train.microbatches=2", "train.kl_coef=0",
+         "sampling.max_new_tokens=3", "data.max_prompt_tokens=8")  # fmt: skip
+
+
+def configured(*fields):
+    return config_io.load(None, [tuple(pair.split("=", 1)) for pair in (*SMALL, *fields)])
+
+
+def test_shapes_and_flops_by_hand():
+    shape = plan.shapes(configured(), 8)
+    assert shape == (4, 8, 8, 3, 2, 4, 2)  # pieces of 4 rows touch 2 prompts of 2 rollouts each
+    assert plan.shapes(configured("controller.name=joint"), 8).piece_prompts == 4
+    with pytest.raises(InputError, match="controller"):
+        plan.shapes(configured("controller.name=best"), 8)
+    tiny = qwen3.Qwen3Config(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
+    )
+    matrices = 2 * (4 * 8 + 2 * 4 * 4 + 8 * 4 + 3 * 4 * 6)  # q, k and v, o, MLP
+    prompt, response = 2 * 8, 4 * 3
+    attention = 2 * 4 * 8 * (prompt * 8 + response * 11)
+    blocks, head = 2 * matrices * (prompt + response) + attention, 2 * response * 4 * 10
+    assert plan.flops(configured(), tiny, shape) == 2 * (3 * blocks + 3 * head)
+    assert plan.flops(configured("model.remat=block"), tiny, shape) == 2 * (4 * blocks + 3 * head)
+    assert plan.flops(configured("train.kl_coef=0.1"), tiny, shape) == 2 * (4 * blocks + 4 * head)
+
+
+def test_what_does_not_fit_says_what_to_turn():
+    config = configured("train.kl_coef=0.1")
+    architecture = qwen3.Qwen3Config(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
+    )
+    shape, chip = plan.shapes(config, 8), chips.CHIPS["TPU v5 lite"]
+    small, large = plan.Compiled(1.0, 100, 0, 50), plan.Compiled(1.0, 2**34, 0, 1)
+    assert plan.fits(small, chip) and "fits        yes" in plan.text(config, architecture, shape, small, chip)
+    said = plan.text(config, architecture, shape, large, chip)
+    assert not plan.fits(large, chip) and "train.microbatches=4" in said and "train.kl_coef=0" in said
+    refused = plan.Compiled(1.0, refused="RESOURCE_EXHAUSTED: 20G of 16G")
+    assert not plan.fits(refused, chip) and "no: RESOURCE_EXHAUSTED" in plan.text(
+        config, architecture, shape, refused, chip
+    )
+    least = dataclasses.replace(config.train, kl_coef=0.0, optimiser="muon", microbatches=8)
+    rest = dataclasses.replace(config, train=least, model=dataclasses.replace(config.model, remat="block"))
+    assert plan.knobs(rest, plan.shapes(rest, 8)) == ["model.dtype=bfloat16: half the activations"]
+
+
+def test_the_command_compiles_the_step_for_this_device(tiny_folder, capsys):
+    fields = [word for pair in (*SMALL, f"model.path={tiny_folder}") for word in [f"--{pair}"]]
+    assert main(["plan", *fields]) == 0
+    out = capsys.readouterr().out
+    assert "4 prompts of 8 tokens, 8 rows of 3 tokens" in out and "4 rows, 2 prompts; 1 updates of 2 pieces" in out
+    assert jax.devices()[0].device_kind in out and "measured just now" in out and "fits        yes" in out
+    memory = next(line for line in out.splitlines() if line.startswith("memory"))
+    assert "GiB" in memory and "compile" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology", "v5e:0x9"], "--topology=v5e:0x9"),
+        (["--model.path=missing-folder"], "missing-folder"),
+        (["--run.steps=5"], "--run.steps does nothing in gdro plan"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    try:
+        code = main(["plan", *[f"--{pair}" for pair in SMALL], *words])
+    except SystemExit as exit_:
+        code = exit_.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and message in error
