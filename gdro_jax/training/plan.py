@@ -168,7 +168,9 @@ def _arguments(
     config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, kernel: str
 ) -> tuple[step.Learner, step.Batch, qwen3.Qwen3 | None]:
     """A learner, a batch and a reference of these shapes, to be traced only."""
-    model = qwen3.init(architecture, jax.random.key(0), config.model.param_dtype)
+    low_rank = config.model.lora_rank is not None
+    held = config.model.dtype if low_rank else config.model.param_dtype
+    model = qwen3.init(architecture, jax.random.key(0), held)
     model = qwen3.Qwen3(architecture, model.arrays(), config.model.dtype, config.model.remat, kernel)
     rollouts = np.full(shape.prompts, shape.rows // shape.prompts)
     rows, tokens = shape.rows, shape.response_tokens
@@ -188,7 +190,6 @@ def _arguments(
             np.zeros((shape.pieces, shape.piece_rows), np.int32),
         ),
     )
-    low_rank = config.model.lora_rank is not None
     reference = qwen3.working(model) if low_rank or config.train.kl_coef > 0 else None
     trained = setup.adapters(config.model, architecture, jax.random.key(0)) if low_rank else model
     batch = jax.tree.map(jax.numpy.asarray, batch)

@@ -206,7 +206,7 @@ def longest_prompt(config: Config) -> int:
     """
     if config.data.max_prompt_tokens is not None:
         return config.data.max_prompt_tokens
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder(config.model))
+    tokenizer = load_tokenizer(tokenizer_folder(config.model))
     train, _ = inputs.ready(inputs.load(config).train, config.data.template, tokenizer, config)
     return train.longest
 
