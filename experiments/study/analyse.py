@@ -33,6 +33,7 @@ def curves(runs: list[report.Run]) -> tuple[np.ndarray, dict[str, dict[str, np.n
     strata = list(summaries[0][0]["strata"])
     out = {
         measure: {s: np.array([[e["strata"][s][measure] for e in run] for run in summaries]) for s in strata}
+        | {"overall": np.array([[e["overall"][measure] for e in run] for run in summaries])}
         for measure in ("mean", "pass")
     }
     return rollouts, out
@@ -48,8 +49,13 @@ def final(runs: list[report.Run]) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
-def t_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % Student t interval of float[seeds]."""
+Interval = tuple[float, float | None, float | None]
+
+
+def t_interval(values: np.ndarray) -> Interval:
+    """Mean and 95 % Student t interval of float[seeds]; one seed has none."""
+    if len(values) == 1:
+        return float(values[0]), None, None
     half = special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
@@ -125,7 +131,8 @@ def analyse(runs: list[report.Run], base: dict, against: dict[str, str]) -> dict
             line_ref = reference_curves[m] | {"hard": np.mean([reference_curves[m][s] for s in hard], axis=0)}
             entry["curves"][m] = {s: v.mean(0).tolist() for s, v in line.items()}
             entry["along"][m] = {
-                s: [t_interval(line[s][:, i] - line_ref[s][:, i]) for i in range(1, len(grid))] for s in ("hard", *hard)
+                s: [t_interval(line[s][:, i] - line_ref[s][:, i]) for i in range(1, len(grid))]
+                for s in ("overall", "hard", *hard)
             }
             entry["to_level"][m] = {s: to_level(grid, line[s], line_ref[s]) for s in ("hard", *hard)}
         ledgers = [r.records[-1]["ledger"] for r in by[method]]
@@ -146,8 +153,13 @@ def markdown(results: dict) -> str:
         return lines + [row([m, *[cell(m, c) for c in columns]]) for m in methods]
 
     def signed(method: str, measure: str, stratum: str) -> str:
-        mean, low, high = methods[method]["difference"][measure][stratum]
-        return "" if method == methods[method]["baseline"] else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return between(method, methods[method]["difference"][measure][stratum])
+
+    def between(method: str, found: Interval) -> str:
+        mean, low, high = found
+        if method == methods[method]["baseline"]:
+            return ""
+        return f"{mean:+.3f}" + (" (one seed)" if low is None else f" [{low:+.3f}, {high:+.3f}]")
 
     def level(method: str, measure: str, stratum: str) -> str:
         r = methods[method]["to_level"][measure][stratum]
@@ -166,11 +178,24 @@ def markdown(results: dict) -> str:
     other = {m: entry["baseline"] for m, entry in methods.items() if entry["baseline"] != BASELINE}
     text += [f"{m} is compared with {b}." for m, b in other.items()] + [""]
     for measure, name in (("mean", "mean@1"), ("pass", "pass@8")):
-        groups = ["overall", "hard", *hard]
+        groups, others = ["overall", "hard", *hard], [s for s in results["base"]["strata"] if s not in hard]
+        grid = next(iter(methods.values()))["rollouts"]
+        quarters = [len(grid) // 4 * q for q in (1, 2, 3)]
+        along = [f"{group}, {grid[i]:,.0f}" for group in ("overall", "hard") for i in quarters]
         text += [f"### {name} at the end", ""]
         text += table(["method", *groups], lambda m, s: f"{methods[m]['final'][measure][s][0]:.3f}", groups)  # noqa: B023
         text += ["", f"### {name}: paired difference from the baseline at the end, 95 % interval", ""]
         text += table(["method", *groups], lambda m, s: signed(m, measure, s), groups)  # noqa: B023
+        text += ["", f"### {name}: the same on the other strata", ""]
+        text += table(["method", *others], lambda m, s: signed(m, measure, s), others)  # noqa: B023
+        text += ["", f"### {name}: paired difference along the way, on a part of the held-out problems", ""]
+
+        def on_the_way(method: str, column: str) -> str:
+            group, _, at = column.partition(", ")
+            number = [f"{x:,.0f}" for x in grid].index(at)  # noqa: B023
+            return between(method, methods[method]["along"][measure][group][number - 1])  # noqa: B023
+
+        text += table(["method", *along], on_the_way, along)
         text += [
             "",
             f"### {name}: rollouts to reach the baseline's final level, as a ratio to the baseline's, 95 % interval",
