@@ -7,6 +7,7 @@ step logs the gap.
 
 import http.client
 import json
+import operator
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -150,7 +151,8 @@ class ServedModel:
         }
         try:
             (choice,) = post(f"{self._url}/completions", body, self._timeout)["choices"]
-            tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            tokens = [operator.index(token) for token in choice["token_ids"]]
+            logprobs = [float(logprob) for logprob in choice["logprobs"]["token_logprobs"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"{self._url}: the answer lacks token ids or log-probs ({error!r})") from None
         if not 1 <= len(tokens) <= limit or len(tokens) != len(logprobs) or not all(np.isfinite(logprobs)):

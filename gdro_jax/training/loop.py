@@ -104,7 +104,7 @@ class Trainer:
         update itself, which works in the state's own memory, leaves the checkpoint before.
 
         Raises:
-          agreement.Disagreement: sampler and trainer are too far apart; nothing is trained or written.
+          agreement.Disagreement: sampler and trainer are too far apart; nothing is trained.
           guard.NotFiniteError: too many updates in a row were left out.
         """
         if self.step < self.config.run.steps and not stop():

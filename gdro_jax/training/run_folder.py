@@ -36,8 +36,14 @@ def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str) ->
     (folder / "first_prompt.txt").write_text(f"{len(tokens)} tokens: {ids}\n\n{text}\n")
 
 
+MAY_DIFFER = ("sampling.gap_tolerance", "sampling.server_timeout", "data.verifier_workers")
+"""Fields that change what a run takes or refuses, not what it computes."""
+
+
 def check(config: Config) -> None:
-    """Refuses a folder that holds something else than the run of `config` (its length and logging may differ).
+    """Refuses a folder that holds something else than the run of `config`.
+
+    Its length and logging may differ, and `MAY_DIFFER`.
 
     Raises:
       InputError: what differs.
@@ -51,7 +57,9 @@ def check(config: Config) -> None:
             f"{section}.{name}={theirs[section][name]!r}, now {value!r}"
             for section, fields in mine.items()
             for name, value in fields.items()
-            if value != theirs[section][name] and (section not in ("run", "compare") or name == "seed")
+            if value != theirs[section][name]
+            and (section not in ("run", "compare") or name == "seed")
+            and f"{section}.{name}" not in MAY_DIFFER
         ]
         if unlike:
             raise InputError(

@@ -92,7 +92,7 @@ def load_policy(config: ModelConfig) -> Policy:
     else:
         key = jax.random.key(config.random_init)
         model = qwen3.init(architecture(config), key, held)
-    kernel = attention_kernel(config, model.config, jax.default_backend())
+    kernel = attention_kernel(config, model.config, _platform())
     model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, kernel)
     tokenizer = load_tokenizer(tokens_at)
     stops = prompts.stop_tokens(folder, tokenizer)
@@ -184,6 +184,15 @@ def architecture(config: ModelConfig) -> qwen3.Qwen3Config:
         return qwen3.Qwen3Config.from_hf(folder)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"model.path={config.path!r}: {error}") from None
+
+
+def _platform() -> str:
+    """What runs here, as `attention.choose` tells platforms apart: cuDNN's flash attention is for Ampere and later."""
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda"):
+        return device.platform
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # "gfx..." on AMD
+    return "gpu" if generation.isdecimal() and int(generation) >= 8 else "gpu without flash attention"
 
 
 def attention_kernel(config: ModelConfig, model: qwen3.Qwen3Config, platform: str) -> str:

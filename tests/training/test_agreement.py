@@ -54,6 +54,8 @@ def test_a_run_whose_sampler_disagrees_does_not_start(configure, launch):
     with pytest.raises(agreement.Disagreement, match=r"gap_tolerance=0\.0001"):
         trainer.run(records.append)
     assert not records and trainer.step == 0 and trainer.checkpoints.latest() is None
+    trainer.close()
+    launch(configure("sampling.gap_tolerance=1")).close()  # who allows more may go on in the same folder
     unchecked = launch(configure(output="unchecked"))  # its tolerance is null
     assert unchecked.check_agreement() is None
 
