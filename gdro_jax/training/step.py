@@ -6,6 +6,7 @@ Letters: P prompts, R rows, T response tokens, L prompt tokens, M minibatches, A
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -21,6 +22,7 @@ from gdro_jax.models import lora, qwen3
 from gdro_jax.training.batching import Pieces
 from gdro_jax.training.config import TrainConfig
 from gdro_jax.training.logprobs import active_logprobs, response_hidden, response_logprobs
+from gdro_jax.training.mesh import ONE_DEVICE, Layout
 from gdro_jax.training.optimiser import make_optimiser
 
 __all__ = ["Batch", "Learner", "StepResult", "response_logprobs", "surrogate_signal", "update"]
@@ -76,9 +78,14 @@ class StepResult(NamedTuple):
 
 
 def update(
-    learner: Learner, reference: qwen3.Qwen3 | None, batch: Batch, config: TrainConfig, temperature: float
+    learner: Learner,
+    reference: qwen3.Qwen3 | None,
+    batch: Batch,
+    config: TrainConfig,
+    temperature: float,
+    layout: Layout = ONE_DEVICE,
 ) -> StepResult:
-    """One GRPO step. Jit it with `config` and `temperature` static.
+    """One GRPO step. Jit it with `config`, `temperature` and `layout` static.
 
     A minibatch whose loss or gradient is not finite changes neither parameters nor optimiser; the metric `skipped`
     counts them.
@@ -89,25 +96,26 @@ def update(
       batch: the step's rollouts.
       config: of the step.
       temperature: that the rollouts were sampled at.
+      layout: of a mesh; its `shards` times as many pieces are needed. The result does not depend on it.
     """
     batch = jax.tree.map(jnp.asarray, batch)
     rows = _rows(batch, config)
     if config.importance_cap is not None and config.minibatches > 1:
-        rows["old"] = _policy_logprobs(policy(learner.model, reference), batch, rows, temperature)
-    sums_of = functools.partial(_piece_sums, reference, batch, rows, config, temperature)
-    shape = (config.minibatches, config.microbatches)
-    pieces = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), batch.pieces)
-    optimiser = make_optimiser(config)
+        rows["old"] = _policy_logprobs(policy(learner.model, reference), batch, rows, temperature, layout)
+    sums_of = functools.partial(_shards_sums, reference, batch, rows, config, temperature, layout)
+    pieces = jax.tree.map(lambda x: x.reshape(config.minibatches, -1, *x.shape[1:]), _sharded(batch.pieces, layout))
+    optimiser, architecture = make_optimiser(config), _architecture(learner.model, reference)
+    keep = functools.partial(layout.keep, architecture)
 
     def minibatch(learner: Learner, piece: Pieces) -> tuple[Learner, tuple[Any, ...]]:
-        sums, plain, gap, grad = _accumulate(sums_of, learner.model, piece)
+        sums, plain, gap, grad = _accumulate(sums_of, learner.model, piece, keep)
         grad = jax.tree.map(lambda g, p: g.astype(p.dtype), finish_grad(grad, sums), learner.model)
         out, norm = finish(sums), optax.global_norm(grad)
         finite = jnp.isfinite(out.loss) & jnp.isfinite(norm)
         updates, opt_state = optimiser.update(grad, learner.opt_state, learner.model)
         changed = Learner(optax.apply_updates(learner.model, updates), opt_state)
         learner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, learner)
-        return learner, (plain, gap, out.metrics | {"loss": out.loss, "grad_norm": norm}, finite)
+        return keep(learner), (plain, gap, out.metrics | {"loss": out.loss, "grad_norm": norm}, finite)
 
     learner, (plain, gap, metrics, applied) = jax.lax.scan(minibatch, learner, pieces)
     stats = grpo.group_stats(batch.rewards, batch.prompt_index, batch.prompts.shape[0], batch.scorable)
@@ -126,11 +134,18 @@ def surrogate_signal(
     batch: Batch,
     config: TrainConfig,
     temperature: float,
+    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """`StepResult.signal` of a learner's model that is not changed, for weights that come from the step's own batch."""
     batch = jax.tree.map(jnp.asarray, batch)
-    sums_of = functools.partial(_piece_sums, reference, batch, _rows(batch, config), config, temperature)
-    return _per_prompt(batch, jax.lax.map(lambda piece: sums_of(model, piece)[1], batch.pieces))
+    sums_of = functools.partial(_shards_sums, reference, batch, _rows(batch, config), config, temperature, layout)
+    return _per_prompt(batch, jax.lax.map(lambda piece: sums_of(model, piece)[1], _sharded(batch.pieces, layout)))
+
+
+def _architecture(trained: qwen3.Qwen3 | lora.Adapters, frozen: qwen3.Qwen3 | None) -> qwen3.Qwen3Config:
+    known = trained if isinstance(trained, qwen3.Qwen3) else frozen
+    assert known is not None
+    return known.config
 
 
 def policy(trained: qwen3.Qwen3 | lora.Adapters, frozen: qwen3.Qwen3 | None) -> qwen3.Qwen3:
@@ -172,6 +187,28 @@ def _per_prompt(batch: Batch, per_row: jax.Array) -> jax.Array:
     """Eq. 7, float32[P], from the losses of the pieces' rows in the order of `batch.pieces.rows`."""
     in_order = jnp.zeros(batch.rewards.shape).at[batch.pieces.rows.reshape(-1)].set(per_row.reshape(-1))
     return grpo.prompt_surrogate(in_order, batch.prompt_index, batch.prompts.shape[0], batch.scorable)
+
+
+def _sharded(pieces: Pieces, layout: Layout) -> Pieces:
+    """Pieces [C, ...] as [C / shards, shards, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, layout.shards, *x.shape[1:]), pieces)
+
+
+def _shards_sums(
+    reference: qwen3.Qwen3 | None,
+    batch: Batch,
+    rows: dict[str, Array],
+    config: TrainConfig,
+    temperature: float,
+    layout: Layout,
+    model: qwen3.Qwen3 | lora.Adapters,
+    pieces: Pieces,
+) -> tuple[LossSums, jax.Array, jax.Array]:
+    """`_piece_sums` of the pieces that the shards work on at the same time, [shards, ...], put together."""
+    one = functools.partial(_piece_sums, reference, batch, rows, config, temperature, model)
+    sums, plain, gap = layout.over_shards(one, pieces)
+    added = jax.tree.map(lambda x: x.sum(0), sums._replace(per_row=jnp.zeros_like(plain[:, 0])))
+    return added, plain.reshape(-1), gap.max()
 
 
 def _piece_sums(
@@ -223,7 +260,9 @@ def _piece_sums(
     return out.sums, jax.lax.stop_gradient(plain.per_row), gap
 
 
-def _policy_logprobs(model: qwen3.Qwen3, batch: Batch, rows: dict[str, Array], temperature: float) -> jax.Array:
+def _policy_logprobs(
+    model: qwen3.Qwen3, batch: Batch, rows: dict[str, Array], temperature: float, layout: Layout
+) -> jax.Array:
     """Log-probs float32[R, T] of all rows before the step, 0 where they do not matter."""
 
     def one(piece: Pieces) -> jax.Array:
@@ -231,12 +270,14 @@ def _policy_logprobs(model: qwen3.Qwen3, batch: Batch, rows: dict[str, Array], t
         prompts = (batch.prompts[piece.prompts], batch.prompt_mask[piece.prompts], piece.local_index)
         return active_logprobs(model, *prompts, tokens, mask, mask & (weight != 0)[:, None], temperature)
 
-    found = jax.lax.map(one, batch.pieces)
+    found = jax.lax.map(lambda pieces: layout.over_shards(one, pieces), _sharded(batch.pieces, layout))
     flat = found.reshape(-1, found.shape[-1])
     return jnp.zeros_like(flat).at[jnp.asarray(batch.pieces.rows).reshape(-1)].set(flat)
 
 
-def _accumulate(sums_of: Any, model: Any, pieces: Pieces) -> tuple[LossSums, jax.Array, jax.Array, Any]:
+def _accumulate(
+    sums_of: Any, model: Any, pieces: Pieces, keep: Callable[[Any], Any] = lambda grad: grad
+) -> tuple[LossSums, jax.Array, jax.Array, Any]:
     """Sums, plain row losses [A, rows], largest gap and gradient of the sum over a minibatch's A microbatches."""
 
     def one(piece: Pieces) -> tuple[Any, Any]:
@@ -245,7 +286,8 @@ def _accumulate(sums_of: Any, model: Any, pieces: Pieces) -> tuple[LossSums, jax
             return sums.loss, (sums._replace(per_row=jnp.zeros(())), plain, gap)
 
         (_, aux), grad = jax.value_and_grad(objective, has_aux=True)(model)
-        return aux, jax.tree.map(lambda g: g.astype(jnp.float32), grad)  # summed so, whatever the parameters are
+        grad = jax.tree.map(lambda g: g.astype(jnp.float32), grad)  # summed so, whatever the parameters are
+        return aux, keep(grad)
 
     first = jax.tree.map(lambda x: x[0], pieces)
     if pieces.rows.shape[0] == 1:

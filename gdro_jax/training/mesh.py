@@ -1,0 +1,90 @@
+"""A training step over a mesh: which device works on which rows, and where parameters and optimiser states lie.
+
+Rows lie along every mesh axis but `tensor`: along `data` each device holds whole parameters, along `fsdp` a slice of
+them, gathered where they are used; along `tensor` heads, MLP columns and vocabulary are split (`models.sharding`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gdro_jax.models.config import Qwen3Config, param_specs, stored_shape
+from gdro_jax.models.sharding import param_sharding
+
+Tree = TypeVar("Tree")
+AXES = ("data", "fsdp", "tensor")
+
+
+class Layout(NamedTuple):
+    """Where a step runs; static and hashable. `mesh` None is one device."""
+
+    mesh: Mesh | None = None
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """The mesh axes that rows lie along."""
+        return () if self.mesh is None else tuple(axis for axis in self.mesh.axis_names if axis != "tensor")
+
+    @property
+    def shards(self) -> int:
+        """How many pieces are worked on at the same time."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in self.row_axes)
+
+    def over_shards(self, function: Callable[[Any], Any], arguments: Any) -> Any:
+        """`function` of each shard's arguments, arrays [shards, ...] in and out; each device does its own."""
+        if self.mesh is None:
+            return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], arguments)))
+        return self._split(jax.vmap(function, spmd_axis_name=self.row_axes)(self._split(arguments)))
+
+    def keep(self, config: Qwen3Config, tree: Tree) -> Tree:
+        """Inside `jit`: a pytree with parameters, or arrays of their names and shapes, laid where `put` does."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, self._places(config, tree))
+
+    def put(self, config: Qwen3Config, tree: Tree) -> Tree:
+        """On the host: such a pytree laid on the mesh; in a job of several processes each passes the same arrays."""
+        return tree if self.mesh is None else jax.device_put(tree, self._places(config, tree))
+
+    def whole(self, tree: Tree) -> Tree:
+        """On the host: arrays of a batch on every device; in a job of several processes each passes the same."""
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _split(self, tree: Tree) -> Tree:
+        assert self.mesh is not None
+        place = NamedSharding(self.mesh, PartitionSpec(self.row_axes))
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place), tree)
+
+    def _places(self, config: Qwen3Config, tree: Any) -> Any:
+        """What has no parameter's name and shape (counters, factored moments) is on every device."""
+        assert self.mesh is not None
+        specs, mesh = param_specs(config), self.mesh
+
+        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+            found = next((name for name in reversed(names) if name in specs), None)
+            if found is None or leaf.shape != stored_shape(config, specs[found]):
+                return NamedSharding(mesh, PartitionSpec())
+            return param_sharding(config, specs[found], mesh)
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+
+ONE_DEVICE = Layout()
+
+
+def make(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Layout:
+    """A layout over all devices of the job.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices()
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(f"data={data}, fsdp={fsdp}, tensor={tensor}: must multiply to the {len(devices)} devices")
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return Layout(Mesh(np.asarray(devices).reshape(data, fsdp, tensor), AXES, axis_types=types))
