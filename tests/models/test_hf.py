@@ -271,7 +271,11 @@ def test_an_unknown_dtype_is_refused(saved: pathlib.Path) -> None:
 def test_saving_copies_the_tokenizer(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    wanted = {"tokenizer.json": "{}", "tokenizer_config.json": "[1]", "generation_config.json": '{"eos_token_id": 3}'}
+    wanted = {
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": '{"a": 1}',
+        "generation_config.json": '{"eos_token_id": 3}',
+    }
     for name, text in (wanted | {"notes.txt": "not ours", "config.json": "wrong"}).items():
         (source / name).write_text(text)
     hf.save(make_model(BASE), tmp_path / "model", tokenizer_from=source)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gdro_jax.data.sources import DataError
-from gdro_jax.training import inputs, loop, setup
+from gdro_jax.training import inputs, overlap, setup
 from gdro_jax.training.ledger import Clock
 
 
@@ -109,8 +109,13 @@ def test_rewards_are_shaped_and_grades_are_not(configure, launch):
 
 
 def test_a_box_is_rewarded_if_asked(configure, launch, monkeypatch):
-    """Every other response has a box: 0.25 more each, whatever its grade."""
-    said = [f"\\boxed{{{row}}}" if row % 2 else f"{row}" for row in range(24)]
-    monkeypatch.setattr(loop.evaluation, "texts", lambda *args: said)
+    """Responses whose first token is odd have a box: 0.25 more each, whatever its grade."""
+
+    def texts(part, *others):
+        return [f"\\boxed{{{row[0]}}}" if row[0] % 2 else f"{row[0]}" for row in part.tokens.tolist()]
+
+    monkeypatch.setattr(overlap, "texts", texts)
     step = launch(configure("run.steps=1", "reward.format_reward=0.25"))._collect(Clock())
-    np.testing.assert_allclose(step.shaped - step.grades.scores, [0.0, 0.25] * 12)
+    odd = step.rollouts.tokens[:, 0] % 2
+    assert 0 < odd.sum() < len(odd)
+    np.testing.assert_allclose(step.shaped - step.grades.scores, 0.25 * odd)

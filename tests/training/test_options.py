@@ -152,6 +152,7 @@ def test_seed(configure, launch):
     assert jax.random.key_data(again._fold(0, 1)).tolist() == keys[0]
 
 
+@pytest.mark.slow
 def test_precision(configure, launch):
     """A learning rate of 1e-6 moves float32 parameters of a policy that computes in bfloat16, but not bfloat16 ones."""
     moved, at = {}, ("model.dtype=bfloat16", "train.learning_rate=1e-6", "eval.data=null")
