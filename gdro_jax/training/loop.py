@@ -336,7 +336,9 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             return False
-        self.state, counters = self.checkpoints.restore(latest, self.state)
+        state, counters = self.checkpoints.restore(latest, self.state)
+        # The rule's arrays bound to no device, as `init` makes them: bound ones would compile its programs once more.
+        self.state = state._replace(rule=jax.tree.map(jnp.asarray, jax.device_get(state.rule)))
         trained_on = counters.get("data")  # a checkpoint of before this was kept does not say
         if trained_on not in (None, self.parts.train.fingerprint):
             raise setup.InputError(

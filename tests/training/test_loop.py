@@ -106,6 +106,13 @@ def test_a_run_without_a_checkpoint_starts_over(configure, launch, heldout, tmp_
     assert lines[0]["ledger"]["eval_rollouts"] == 12 and lines[1]["ledger"]["eval_rollouts"] == 24
 
 
+def test_a_resumed_run_compiles_once_too(configure, launch):
+    joint = ("controller.name=joint", "train.prompts_per_step=8")
+    train(launch(configure(*joint, "run.steps=1")))
+    records = train(launch(configure(*joint, "run.steps=3")))
+    assert [(record["step"], record["unexpected_compiles"]) for record in records] == [(2, 0), (3, 0)]
+
+
 def test_a_longer_run_goes_on_and_a_shorter_one_is_done(configure, launch, tmp_path):
     train(launch(configure("run.steps=2")))
     longer = launch(configure("run.steps=3"))
