@@ -283,6 +283,9 @@ class Trainer:
         scored = np.asarray(outcome.num_rollouts)
         reward = np.where(scored > 0, np.asarray(outcome.num_correct) / np.maximum(scored, 1), np.nan)
         variance = np.asarray(outcome.reward_variance)
+        index, scorable = collected.prompt_index, grades.scorable
+        total = np.bincount(index[scorable], weights=collected.shaped[scorable], minlength=len(scored))
+        shaped = np.where(scored > 0, total / np.maximum(scored, 1), np.nan)
         weights, rollouts = np.asarray(plan.weights), np.asarray(plan.rollouts, float)
         bins = records.bin_record(np.asarray(plan.bins), weights, rollouts, reward, variance, num_bins)
         strata = self.strata[plan.prompt_ids].tolist()
@@ -292,7 +295,7 @@ class Trainer:
         return {
             "step": number,
             "reward": records.mean(reward),  # over prompts: rows would count the prompts with more rollouts more
-            "shaped_reward": float(collected.shaped[grades.scorable].mean()) if grades.scorable.any() else None,
+            "shaped_reward": records.mean(shaped),
             **metrics,
             "learning_rate": float(learning_rate(self.config.train)(max(updates - 1, 0))),
             "response_length": float(out.mask.sum(1).mean()),

@@ -22,16 +22,20 @@ class Progress:
     def __init__(self, label: str, steps: int, done: int, every: int, stream: TextIO | None = None):
         self.label, self.steps, self.done, self.every = label, steps, done, every
         self.stream = stream or sys.stderr
-        self.begun = time.perf_counter()
+        self.begun, self._compiled = time.perf_counter(), False
         self.live = self.stream.isatty()
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Shows one record."""
         step = record["step"]
         if record.get("unexpected_compiles"):
-            self._show(f"{self.label}  step {step}: compiled {record['unexpected_compiles']} programs again", stay=True)
+            self._show(
+                f"{self.label}  step {step}: programs compiled again: {record['unexpected_compiles']}", stay=True
+            )
         if "reward" in record and (self.live or step % self.every == 0 or step == self.steps):
             self._show(self._line(record), stay=not self.live or step == self.steps)
+        if "reward" in record and not self._compiled:  # the first step compiles: the others tell how long a step is
+            self.begun, self.done, self._compiled = time.perf_counter(), step, True
         if "eval" in record:
             self._show(f"{self.label}  step {step:>4}/{self.steps}  {_evaluation(record['eval'])}", stay=True)
 
