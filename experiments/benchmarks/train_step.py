@@ -128,7 +128,7 @@ def main() -> None:
     size[axis] = int(size[axis] * float(factor))
 
     config = TrainConfig(microbatches=known.microbatches, kl_coef=0.0, learning_rate=1e-5, weight_decay=0.01)
-    update = jax.jit(step.update, static_argnames=("config", "temperature"), donate_argnames="learner")
+    update = step.compiled_update()
     model = qwen3.init(architecture(size), jax.random.key(0))
     learner = step.Learner(model, make_optimiser(config).init(model))
     del model

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from gdro_jax.models.recompute import attend
+from gdro_jax.models.sharding import TENSOR_AXIS
 
 KERNELS = ("xla", "cudnn", "splash")
 INTERPRETED = "splash_interpreted"  # the same kernel run by an interpreter, for tests on any platform
 _LANES, _LARGEST_BLOCK = 128, 512
-_TENSOR_AXIS = "tensor"
 
 Pair = tuple[jax.Array, jax.Array]
 Attend = Callable[..., jax.Array]
@@ -129,11 +129,11 @@ def _splash(seen: jax.Array, interpret: bool) -> Attend:
         free = [n for n in mesh.axis_names if n not in mesh.manual_axes]  # a kernel is split along none by itself
         if not free:
             return _splash_local(q, k, v, seen, interpret)
-        heads = [n for n in free if n == _TENSOR_AXIS and k.shape[2] % mesh.shape[n] == 0]
+        heads = [n for n in free if n == TENSOR_AXIS and k.shape[2] % mesh.shape[n] == 0]
         rows: list[str] = []
         left = len(q)
         for name in free:
-            if name != _TENSOR_AXIS and left % mesh.shape[name] == 0:
+            if name != TENSOR_AXIS and left % mesh.shape[name] == 0:
                 rows, left = [*rows, name], left // mesh.shape[name]
         spec = jax.P(tuple(rows) or None, None, tuple(heads) or None, None)
         return jax.shard_map(

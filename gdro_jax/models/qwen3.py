@@ -2,7 +2,8 @@
 
 `prefill` runs each prompt once and returns its keys and values; `extend` runs whole responses over them (trainer), and
 `decode.decode` one token at a time with a cache (sampler). All go through `run_block`, so sampler and trainer cannot
-disagree. Blocks are stacked on a leading axis and scanned: program size does not grow with depth.
+disagree. Blocks are stacked on a leading axis and scanned here: program size does not grow with depth, but that of
+decoding, which is unrolled, does.
 
 Architecture: Qwen3 Technical Report, arXiv 2505.09388 (section 2), as published in `Qwen/Qwen3-*-Base`.
 Letters: P prompts, R rows, L prompt tokens, T response tokens, S any sequence, D width, H heads, K KV heads,

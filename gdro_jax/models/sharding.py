@@ -1,19 +1,34 @@
 """The one table from logical axes of parameters to mesh axes, and the shardings that follow from it."""
 
+import math
+
 import jax
 import numpy as np
 
 from gdro_jax.models.config import ParamSpec, Qwen3Config, stored_shape
 
+TENSOR_AXIS = "tensor"
+"""The mesh axis that heads, MLP columns and vocabulary lie along; rows lie along all others."""
+
 MESH_AXES: dict[str, str | None] = {
     "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
+    "heads": TENSOR_AXIS,
+    "kv_heads": TENSOR_AXIS,
+    "mlp": TENSOR_AXIS,
+    "vocab": TENSOR_AXIS,
     "head_dim": None,
     "rank": None,
 }
+
+
+def row_axes(mesh: jax.sharding.Mesh | None) -> tuple[str, ...]:
+    """The axes that rows lie along; none without a mesh."""
+    return () if mesh is None else tuple(axis for axis in mesh.axis_names if axis != TENSOR_AXIS)
+
+
+def row_shards(mesh: jax.sharding.Mesh | None) -> int:
+    """How many parts rows lie in."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
 
 def param_sharding(config: Qwen3Config, spec: ParamSpec, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from gdro_jax.models import qwen3
+from gdro_jax.models.sharding import TENSOR_AXIS, row_axes, row_shards
 from gdro_jax.sampling import segment
 from gdro_jax.sampling.config import SamplingConfig
 
 Array = jax.Array | np.ndarray
-TENSOR_AXIS = "tensor"
 _FEWEST_SLOTS, _HALVINGS, _LARGEST_TILE = 4, 3, 8
 _SHORTEST_HALVED = 140  # tokens; below it a shorter window saves less than one more program costs to compile and keep
 _AT_ONCE = 2**30  # more slots than there can be: a segment that ends before its first step
@@ -78,8 +78,7 @@ class Programs:
 
     def __init__(self, config: SamplingConfig, mesh: jax.sharding.Mesh | None):
         self._config, self._mesh = config, mesh
-        self.axes = () if mesh is None else tuple(a for a in mesh.axis_names if a != TENSOR_AXIS)
-        self.shards = 1 if mesh is None else int(np.prod([mesh.shape[a] for a in self.axes], dtype=int))
+        self.axes, self.shards = row_axes(mesh), row_shards(mesh)
         every, split = PartitionSpec(), PartitionSpec(self.axes)
         self._split = split
         begin = functools.partial(_start, cache_dtype=config.cache_dtype)

@@ -10,11 +10,12 @@ import numpy as np
 from gdro_jax.models import qwen3
 from gdro_jax.sampling import placement
 from gdro_jax.sampling.config import SamplingConfig
+from gdro_jax.sampling.engine import Engine
 from gdro_jax.sampling.programs import Programs
-from gdro_jax.sampling.rollouts import Progress, Rollouts, book, empty
+from gdro_jax.sampling.rollouts import Progress, Rollouts, book
 
 
-class Sampler:
+class Sampler(Engine):
     """Samples responses of a model.
 
     A row's tokens depend on the key, its prompt and its rank among that prompt's rollouts alone: not on slots, the
@@ -82,21 +83,6 @@ class Sampler:
             ids = np.asarray(prompt_ids).astype(np.uint32)
         return self.rows(tokens, mask, index, ids[index], key, limits)
 
-    def rows(
-        self,
-        prompts: np.ndarray,
-        prompt_mask: np.ndarray,
-        index: np.ndarray,
-        identity: np.ndarray,
-        key: jax.Array,
-        limits: np.ndarray | None = None,
-    ) -> Rollouts:
-        """Samples one response per row of padded prompts, without any check; see `stream`."""
-        out = empty(len(index), self.config.max_new_tokens)
-        for _ in self.stream(out, prompts, prompt_mask, index, identity, key, limits):
-            pass
-        return out
-
     def stream(
         self,
         out: Rollouts,
@@ -107,15 +93,7 @@ class Sampler:
         key: jax.Array,
         limits: np.ndarray | None = None,
     ) -> Iterator[Progress]:
-        """Samples into `out` and says, a segment at a time, which rows ended; the next segment runs meanwhile.
-
-        Args:
-          out: `rollouts.empty(R, max_new_tokens)`; a row of it is final once it is in some `Progress.rows`.
-          prompts: int32[P, L], padded on the right, with bool[P, L] `prompt_mask`.
-          index: int32[R], the prompt of each row; identity: int[R], what its random stream is keyed on.
-          key: a random key.
-          limits: int32[R], most tokens of each row; None for `max_new_tokens`.
-        """
+        """As `Engine.stream`, a segment at a time; the next segment runs meanwhile."""
         model = qwen3.working(self._model)  # a copy only while it is used, and only where the dtypes differ
         if limits is None:
             limits = np.full(len(index), self.config.max_new_tokens, np.int32)

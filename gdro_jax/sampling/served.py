@@ -20,7 +20,8 @@ import numpy as np
 
 from gdro_jax.models import qwen3
 from gdro_jax.sampling.config import SamplingConfig
-from gdro_jax.sampling.rollouts import Progress, Rollouts, empty
+from gdro_jax.sampling.engine import Engine
+from gdro_jax.sampling.rollouts import Progress, Rollouts
 
 
 class ServerError(RuntimeError):
@@ -35,7 +36,7 @@ class _Said(NamedTuple):
     stopped: bool
 
 
-class ServedModel:
+class ServedModel(Engine):
     """Samples by HTTP; stands in for `Sampler` in training and evaluation.
 
     The server has to return token ids (`return_token_ids`) and the log-probs of what it sampled from, temperature
@@ -81,21 +82,6 @@ class ServedModel:
             self._push(model)
             self._pushed = model
 
-    def rows(
-        self,
-        prompts: np.ndarray,
-        prompt_mask: np.ndarray,
-        index: np.ndarray,
-        identity: np.ndarray,
-        key: jax.Array,
-        limits: np.ndarray | None = None,
-    ) -> Rollouts:
-        """Samples one response per row; see `stream`."""
-        out = empty(len(index), self.config.max_new_tokens)
-        for _ in self.stream(out, prompts, prompt_mask, index, identity, key, limits):
-            pass
-        return out
-
     def stream(
         self,
         out: Rollouts,
@@ -106,7 +92,7 @@ class ServedModel:
         key: jax.Array,
         limits: np.ndarray | None = None,
     ) -> Iterator[Progress]:
-        """Samples into `out`, a row at a time as responses arrive; arguments as of `Sampler.stream`.
+        """As `Engine.stream`, a row at a time as responses arrive.
 
         Raises:
           ServerError: see there.

@@ -45,7 +45,7 @@ def measure(
     Args:
       engine: under test; it must sample from `model`.
       model: the trainer's.
-      prompts, prompt_mask, index, identity, key: see `Sampler.stream`; the shapes of a step compile nothing new.
+      prompts, prompt_mask, index, identity, key: see `Engine.stream`; the shapes of a step compile nothing new.
       temperature: of both.
       max_new_tokens: of a response.
       at_once: rows that the trainer runs in one piece.

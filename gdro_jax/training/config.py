@@ -447,17 +447,14 @@ class EvalConfig:
 
     def build(self, stop_tokens: tuple[int, ...], training: GenerationConfig) -> SamplingConfig:
         """The sampler's own configuration, where nothing is said that of training."""
-        return SamplingConfig(
+        return dataclasses.replace(
+            training.build(stop_tokens),
             max_new_tokens=self.max_new_tokens or training.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
             min_new_tokens=self.min_new_tokens,
-            stop_tokens=stop_tokens,
-            slots=training.slots,
-            segment=training.segment,
-            cache_dtype=training.cache_dtype,
         )
 
 

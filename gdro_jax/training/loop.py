@@ -76,7 +76,7 @@ class Trainer:
         self._plan, self._update_rule = jax.jit(parts.rule.plan), jax.jit(parts.rule.update)
         self._metrics, self._reweigh = jax.jit(parts.rule.metrics), jax.jit(parts.rule.reweigh)
         self._sampler = engines.make(config, parts.policy)
-        self._update = jax.jit(step.update, static_argnames=("config", "temperature"), donate_argnames="learner")
+        self._update = step.compiled_update()
         self._signal = jax.jit(step.surrogate_signal, static_argnames=("config", "temperature"))
         self._evaluator = Evaluator(config, parts, verifier) if parts.heldout is not None else None
         self.ledger, self.step = Ledger(), 0

@@ -4,7 +4,6 @@ Rows lie along every mesh axis but `tensor`: along `data` each device holds whol
 them, gathered where they are used; along `tensor` heads, MLP columns and vocabulary are split (`models.sharding`).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gdro_jax.models.config import Qwen3Config, param_specs, stored_shape
-from gdro_jax.models.sharding import param_sharding
+from gdro_jax.models.sharding import TENSOR_AXIS, param_sharding, row_axes, row_shards
 
 Tree = TypeVar("Tree")
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", TENSOR_AXIS)
 
 
 class Layout(NamedTuple):
@@ -25,20 +24,15 @@ class Layout(NamedTuple):
     mesh: Mesh | None = None
 
     @property
-    def row_axes(self) -> tuple[str, ...]:
-        """The mesh axes that rows lie along."""
-        return () if self.mesh is None else tuple(axis for axis in self.mesh.axis_names if axis != "tensor")
-
-    @property
     def shards(self) -> int:
         """How many pieces are worked on at the same time."""
-        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in self.row_axes)
+        return row_shards(self.mesh)
 
     def over_shards(self, function: Callable[[Any], Any], arguments: Any) -> Any:
         """`function` of each shard's arguments, arrays [shards, ...] in and out; each device does its own."""
         if self.mesh is None:
             return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], arguments)))
-        return self._split(jax.vmap(function, spmd_axis_name=self.row_axes)(self._split(arguments)))
+        return self._split(jax.vmap(function, spmd_axis_name=row_axes(self.mesh))(self._split(arguments)))
 
     def keep(self, config: Qwen3Config, tree: Tree) -> Tree:
         """Inside `jit`: a pytree with parameters, or arrays of their names and shapes, laid where `put` does."""
@@ -56,7 +50,7 @@ class Layout(NamedTuple):
 
     def _split(self, tree: Tree) -> Tree:
         assert self.mesh is not None
-        place = NamedSharding(self.mesh, PartitionSpec(self.row_axes))
+        place = NamedSharding(self.mesh, PartitionSpec(row_axes(self.mesh)))
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place), tree)
 
     def _places(self, config: Qwen3Config, tree: Any) -> Any:

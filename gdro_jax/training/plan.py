@@ -65,12 +65,12 @@ def compile_step(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes,
       setup.InputError: `model.attention` cannot run there.
     """
     place = jax.sharding.SingleDeviceSharding(device)
-    kernel = setup.attention_kernel(config.model, architecture, device.platform)
+    kernel = setup.attention_kernel(config.model, architecture, device)
     learner, batch, reference = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         jax.eval_shape(lambda: _arguments(config, architecture, shape, kernel)),
     )
-    update = jax.jit(step.update, static_argnames=("config", "temperature"), donate_argnames="learner")
+    update = step.compiled_update()
     begun = time.perf_counter()
     lowered = update.lower(learner, reference, batch, config=config.train, temperature=config.sampling.temperature)
     try:

@@ -92,7 +92,7 @@ def load_policy(config: ModelConfig) -> Policy:
     else:
         key = jax.random.key(config.random_init)
         model = qwen3.init(architecture(config), key, held)
-    kernel = attention_kernel(config, model.config, _platform())
+    kernel = attention_kernel(config, model.config, jax.devices()[0])
     model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, kernel)
     tokenizer = load_tokenizer(tokens_at)
     stops = prompts.stop_tokens(folder, tokenizer)
@@ -186,23 +186,22 @@ def architecture(config: ModelConfig) -> qwen3.Qwen3Config:
         raise InputError(f"model.path={config.path!r}: {error}") from None
 
 
-def _platform() -> str:
-    """What runs here, as `attention.choose` tells platforms apart: cuDNN's flash attention is for Ampere and later."""
-    device = jax.devices()[0]
+def _platform(device: jax.Device) -> str:
+    """A device as `attention.choose` tells platforms apart: cuDNN's flash attention is for Ampere and later."""
     if device.platform not in ("gpu", "cuda"):
         return device.platform
     generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # "gfx..." on AMD
     return "gpu" if generation.isdecimal() and int(generation) >= 8 else "gpu without flash attention"
 
 
-def attention_kernel(config: ModelConfig, model: qwen3.Qwen3Config, platform: str) -> str:
-    """The kernel of `model.attention` on a platform.
+def attention_kernel(config: ModelConfig, model: qwen3.Qwen3Config, device: jax.Device) -> str:
+    """The kernel of `model.attention` on a device.
 
     Raises:
       InputError: it cannot run there.
     """
     try:
-        return attention.choose(config.attention, platform, model.head_dim, config.dtype)
+        return attention.choose(config.attention, _platform(device), model.head_dim, config.dtype)
     except ValueError as error:
         raise InputError(f"model.{error}") from None
 

@@ -25,7 +25,7 @@ from gdro_jax.training.logprobs import active_logprobs, response_hidden, respons
 from gdro_jax.training.mesh import ONE_DEVICE, Layout
 from gdro_jax.training.optimiser import make_optimiser
 
-__all__ = ["Batch", "Learner", "StepResult", "response_logprobs", "surrogate_signal", "update"]
+__all__ = ["Batch", "Learner", "StepResult", "compiled_update", "response_logprobs", "surrogate_signal", "update"]
 
 Array = jax.Array | np.ndarray
 
@@ -128,18 +128,22 @@ def update(
     return StepResult(learner, _per_prompt(batch, plain), summary, applied)
 
 
+def compiled_update() -> jax.stages.Wrapped:
+    """`update`, jitted as a run does it: it takes over the learner's memory."""
+    return jax.jit(update, static_argnames=("config", "temperature", "layout"), donate_argnames="learner")
+
+
 def surrogate_signal(
     model: qwen3.Qwen3 | lora.Adapters,
     reference: qwen3.Qwen3 | None,
     batch: Batch,
     config: TrainConfig,
     temperature: float,
-    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """`StepResult.signal` of a learner's model that is not changed, for weights that come from the step's own batch."""
     batch = jax.tree.map(jnp.asarray, batch)
-    sums_of = functools.partial(_shards_sums, reference, batch, _rows(batch, config), config, temperature, layout)
-    return _per_prompt(batch, jax.lax.map(lambda piece: sums_of(model, piece)[1], _sharded(batch.pieces, layout)))
+    sums_of = functools.partial(_piece_sums, reference, batch, _rows(batch, config), config, temperature)
+    return _per_prompt(batch, jax.lax.map(lambda piece: sums_of(model, piece)[1], batch.pieces))
 
 
 def _architecture(trained: qwen3.Qwen3 | lora.Adapters, frozen: qwen3.Qwen3 | None) -> qwen3.Qwen3Config:
