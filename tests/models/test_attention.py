@@ -1,11 +1,13 @@
 """Every attention kernel is the plain one: values, gradients, padding, a mesh; the one that runs is chosen by rule."""
 
+import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from model_cases import config, make_model, make_tokens
 
 from gdro_jax.models import attention, qwen3
@@ -93,6 +95,24 @@ def test_prefill_and_extend_use_the_kernel_of_the_model() -> None:
 
     for want, got in zip(hidden("xla"), hidden(attention.INTERPRETED), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+def test_cudnn_lowers_for_cuda_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed to lower for one; only the version of its cuDNN has to be said."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_100)
+    cfg = config(head_dim=128, num_layers=2)
+    model = qwen3.Qwen3(cfg, make_model(cfg).arrays(), "bfloat16", kernel="cudnn")
+    prompts, responses = jnp.ones((2, 6), jnp.int32), jnp.ones((3, 70), jnp.int32)
+
+    def loss(model: qwen3.Qwen3) -> jax.Array:
+        kv, _ = qwen3.prefill(model, prompts, jnp.ones(prompts.shape, bool))
+        later = qwen3.extend(model, responses, jnp.ones(responses.shape, bool), kv, jnp.array([0, 1, 1]))
+        return later.astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss)).trace(model).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"@__cudnn\$fmhaSoftmax(Backward)?\(", text)
+    assert calls.count("") >= 2 and calls.count("Backward") == 2  # of prompts and of responses
+    assert text.count("PADDING_CAUSAL") == len(calls)
 
 
 @pytest.mark.parametrize(
