@@ -23,6 +23,25 @@ class Linear(NamedTuple):
     entropy: Array
 
 
+class Places(NamedTuple):
+    """Where the tokens of [R, T] stand in a stream of S without padding.
+
+    `source` int32[S] is a token's position in [R * T], R * T where the stream is empty; `place` int32[R, T] is its
+    position in the stream, S where it is not in it. Every token that counts must be.
+    """
+
+    source: Array
+    place: Array
+
+    def take(self, x: Array) -> Array:
+        """[R, T] as the stream, 0 where that is empty."""
+        return jnp.reshape(x, -1).at[self.source].get(mode="fill", fill_value=0)
+
+    def put(self, x: Array) -> Array:
+        """The stream as [R, T], 0 where a token is not in it."""
+        return x.at[self.place].get(mode="fill", fill_value=0)
+
+
 def loss_sums(
     hidden: ArrayLike,
     weight: ArrayLike,
@@ -40,6 +59,7 @@ def loss_sums(
     constant: float | None = None,
     sampler_logprobs: ArrayLike | None = None,
     chunk: int | None = None,
+    places: Places | None = None,
 ) -> Linear:
     """`grpo.loss_sums` of the log-probs of `targets` under softmax(hidden @ weight.T / temperature).
 
@@ -48,7 +68,8 @@ def loss_sums(
     slope waits for the whole response, and it costs four (`linear_logprob`). The mean entropy is among the metrics.
 
     Args: as of `grpo.loss_sums` and `linear_loss.token_loss`; int[R, T] `targets`. `old_logprobs` None: the policy's
-      own, that is a ratio of 1 (on-policy: one update per batch of rollouts).
+      own, that is a ratio of 1 (on-policy: one update per batch of rollouts). With `places`, `hidden` is the stream's,
+      [S, D].
     Raises: as `grpo.loss_sums`.
     """
     options = Options() if options is None else options
@@ -56,8 +77,12 @@ def loss_sums(
     shape = jnp.shape(targets)
     row_weight = jax.lax.stop_gradient(jnp.asarray(row_weights, jnp.float32))
     active = jnp.asarray(mask, bool) & (row_weight != 0)[:, None]
-    flat = jnp.asarray(hidden).reshape(-1, jnp.shape(hidden)[-1])
-    head = (flat, weight, jnp.reshape(targets, -1))
+    hidden, targets = jnp.asarray(hidden), jnp.asarray(targets)
+    if places is None:
+        flat, take, put = hidden.reshape(-1, hidden.shape[-1]), jnp.ravel, lambda x: x.reshape(shape)
+    else:
+        flat, take, put = hidden, places.take, places.put
+    head = (flat, weight, take(targets))
 
     def sums_of(logprobs: Array, old: ArrayLike, entropy: Array) -> LossSums:
         return grpo.loss_sums(
@@ -77,7 +102,7 @@ def loss_sums(
 
     if ratio_level == "sequence":
         pair = token_logprobs_and_entropy(*head, temperature, chunk=chunk)
-        logp, entropy = (jnp.where(active, x.reshape(shape), 0.0) for x in pair)
+        logp, entropy = (jnp.where(active, put(x), 0.0) for x in pair)
         old = jax.lax.stop_gradient(logp) if old_logprobs is None else old_logprobs
         return Linear(sums_of(logp, old, entropy), *jax.lax.stop_gradient((logp, entropy)))
     length = active.sum(-1, dtype=jnp.float32)
@@ -89,10 +114,10 @@ def loss_sums(
         "ref": ref_logprobs,
         "sampler": sampler_logprobs,
     }
-    given = {name: jnp.reshape(jnp.asarray(x, jnp.float32), -1) for name, x in columns.items() if x is not None}
+    given = {name: take(jnp.asarray(x, jnp.float32)) for name, x in columns.items() if x is not None}
     loss_fn = partial(_scaled_token_loss, options, tuple(given))
-    out = token_loss(loss_fn, *head, active.reshape(-1), tuple(given.values()), temperature, chunk=chunk)
-    logp, entropy = out.logprobs.reshape(shape), out.entropy.reshape(shape)
+    out = token_loss(loss_fn, *head, take(active), tuple(given.values()), temperature, chunk=chunk)
+    logp, entropy = put(out.logprobs), put(out.entropy)
     sums = sums_of(logp, logp if old_logprobs is None else old_logprobs, entropy)
     return Linear(sums._replace(loss=out.loss), logp, entropy)
 

@@ -227,6 +227,13 @@ def stored_shape(config: Qwen3Config, spec: ParamSpec) -> tuple[int, ...]:
     return (config.num_layers, *spec.shape) if spec.stacked else spec.shape
 
 
+def work(config: Qwen3Config) -> tuple[float, float]:
+    """FLOPs of the blocks' forward pass per token and per query-key pair, two a multiplication; without the head."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = 2 * config.hidden_size * (queries + keys) + 3 * config.hidden_size * config.intermediate_size
+    return 2.0 * config.num_layers * layer, 4.0 * config.num_layers * queries
+
+
 def num_params(config: Qwen3Config) -> int:
     """Number of parameters, a tied head counted once."""
     total = 0

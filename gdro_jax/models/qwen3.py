@@ -22,8 +22,8 @@ from gdro_jax.models.config import ParamSpec, Qwen3Config, num_params, param_spe
 
 __all__ = [
     "ParamSpec", "PromptKV", "Qwen3", "Qwen3Config", "adapted", "block_weights", "embed_tokens", "extend", "final_norm",
-    "init", "logits", "num_params", "param_specs", "prefill", "rotation", "run_block", "stored_shape", "unembed",
-    "unembed_weight", "working",
+    "init", "logits", "num_params", "param_specs", "prefill", "remembered", "rotation", "run_block", "stored_shape",
+    "unembed", "unembed_weight", "working",
 ]  # fmt: skip
 
 Aux = TypeVar("Aux")
@@ -205,7 +205,7 @@ def extend(model: Qwen3, tokens: jax.Array, mask: jax.Array, kv: PromptKV, promp
         return run_block(model.config, weights, x, turn, attend)
 
     layers = (block_weights(model), kv.k, kv.v)
-    x, _ = jax.lax.scan(_remat(model, block), embed_tokens(model, jnp.where(mask, tokens, 0)), layers)
+    x, _ = jax.lax.scan(remembered(model, block), embed_tokens(model, jnp.where(mask, tokens, 0)), layers)
     return final_norm(model, x)
 
 
@@ -220,10 +220,11 @@ def _full(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, 
     def block(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return run_block(model.config, weights, x, turn, attend)
 
-    return jax.lax.scan(_remat(model, block), embed_tokens(model, jnp.where(mask, tokens, 0)), block_weights(model))
+    return jax.lax.scan(remembered(model, block), embed_tokens(model, jnp.where(mask, tokens, 0)), block_weights(model))
 
 
-def _remat(model: Qwen3, block: Callable) -> Callable:
+def remembered(model: Qwen3, block: Callable) -> Callable:
+    """A block to be scanned over, keeping for its backward pass what `model.remat` says."""
     if model.remat == "none":
         return block
     kept = None if model.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -30,8 +30,19 @@ def attend(q: jax.Array, parts: list[Part]) -> jax.Array:
     Returns:
       [N, S, H, C].
     """
-    size = max(SHORTEST, -(-q.shape[1] // BLOCKS))
+    size = _block_size(q.shape[1])
     return jnp.concatenate([_block(q, parts, start, size) for start in range(0, q.shape[1], size)], axis=1)
+
+
+def pairs(queries: int, before: int) -> int:
+    """Query-key pairs that `attend` works through for one row with so many keys before its own."""
+    size = _block_size(queries)
+    ends = [min(start + size, queries) for start in range(0, queries, size)]
+    return sum((end - start) * (before + end) for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _block_size(queries: int) -> int:
+    return max(SHORTEST, -(-queries // BLOCKS))
 
 
 def _block(q: jax.Array, parts: list[Part], start: int, size: int) -> jax.Array:

@@ -304,6 +304,9 @@ class TrainConfig:
       prompts_per_step: P.
       minibatches: optimiser updates per step; the step's rows are split evenly among them.
       microbatches: pieces a minibatch is split into to save memory; the result does not depend on it.
+      length_buckets: responses go end to end in streams of a microbatch's tokens instead of each being padded to
+        `sampling.max_new_tokens`, attention over rows padded to one of so many lengths (docs/training.md); None pads.
+        The result does not depend on it.
       optimiser: `adamw`, `adafactor` or `muon` (`training.optimiser`); moment_dtype: of the first moment, `float32` or
         `bfloat16`.
       learning_rate, warmup_steps, adam_b1, adam_b2, adam_eps, weight_decay, max_grad_norm: of the optimiser, behind a
@@ -323,6 +326,7 @@ class TrainConfig:
     prompts_per_step: int = 64
     minibatches: int = 1
     microbatches: int = 1
+    length_buckets: int | None = None
     optimiser: str = "adamw"
     moment_dtype: str = "float32"
     learning_rate: float = 3e-4
@@ -352,6 +356,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("prompts_per_step", "minibatches", "microbatches"):
             _check(getattr(self, field) >= 1, "train", field, getattr(self, field), "at least 1")
+        ok = self.length_buckets is None or 1 <= self.length_buckets <= 16
+        _check(ok, "train", "length_buckets", self.length_buckets, "in 1..16, or null for padded rows")
         for field in ("learning_rate", "adam_eps"):
             _check(0 < getattr(self, field) < float("inf"), "train", field, getattr(self, field), "above 0, and finite")
         _check(self.max_grad_norm > 0, "train", "max_grad_norm", self.max_grad_norm, "above 0")

@@ -59,7 +59,13 @@ def active_logprobs(
     """Log-probs float32[R, T] of the active tokens, which alone the head is run for; 0 elsewhere, and no gradient."""
     model = jax.lax.stop_gradient(model)
     hidden = response_hidden(model, prompts, prompt_mask, prompt_index, tokens, mask)
-    flat, targets = hidden.reshape(-1, hidden.shape[-1]), jnp.asarray(tokens).reshape(-1)
-    weight = qwen3.unembed_weight(model)
-    out = linear_loss.token_loss(lambda x: x, flat, weight, targets, active.reshape(-1), (), temperature)
-    return out.logprobs.reshape(tokens.shape)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return head_logprobs(model, flat, jnp.ravel(tokens), active.reshape(-1), temperature).reshape(tokens.shape)
+
+
+def head_logprobs(
+    model: qwen3.Qwen3, hidden: jax.Array, targets: jax.Array, active: jax.Array, temperature: float
+) -> jax.Array:
+    """Log-probs float32[N] of the active targets from final hidden states [N, D]; 0 elsewhere, and no gradient."""
+    hidden, weight = jax.lax.stop_gradient((hidden, qwen3.unembed_weight(model)))
+    return linear_loss.token_loss(lambda x: x, hidden, weight, targets, active, (), temperature).logprobs

@@ -18,9 +18,10 @@ import numpy as np
 from gdro_jax import controllers, rewards, sampling
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.models import qwen3
+from gdro_jax.models.config import work
 from gdro_jax.rewards import shaping
 from gdro_jax.sampling import Rollouts
-from gdro_jax.training import agreement, batching, engines, guard, overlap, records, run_folder, setup, step
+from gdro_jax.training import agreement, batching, engines, guard, overlap, packing, records, run_folder, setup, step
 from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
@@ -41,7 +42,7 @@ class Collected(NamedTuple):
     rollouts: Rollouts
     grades: rewards.Grades
     shaped: np.ndarray
-    pieces: batching.Pieces
+    pieces: batching.Pieces | packing.Packed
 
 
 class State(NamedTuple):
@@ -216,8 +217,11 @@ class Trainer:
         plan, rule_state = self._plan(self.state.rule, ids, self._fold(_PLAN, number))
         plan = jax.device_get(plan)
         index = batching.flat_index(plan.rollouts)
-        pieces = self.config.train.minibatches * self.config.train.microbatches
-        cut = batching.cut(plan.rollouts, pieces, np.random.default_rng((run.seed, _CUT, number)), self._most)
+        train = self.config.train
+        pieces = train.minibatches * (train.microbatches if train.length_buckets is None else 1)
+        cut: batching.Pieces | packing.Packed = batching.cut(
+            plan.rollouts, pieces, np.random.default_rng((run.seed, _CUT, number)), self._most
+        )
         clock.lap("plan")
         ids = plan.prompt_ids
         self._sampler.update(self._policy())
@@ -241,6 +245,9 @@ class Trainer:
             overlong_penalty=reward.overlong_penalty,
             format_reward=reward.format_reward,
         )
+        if train.length_buckets is not None:
+            assert isinstance(cut, batching.Pieces)
+            cut = packing.pack_step(cut, train, out.mask, shaped, grades.scorable)
         return Collected(plan, rule_state, index, out, grades, shaped, cut)
 
     def _learn(self, collected: Collected, clock: Clock) -> tuple[Collected, step.StepResult, Any, controllers.Outcome]:
@@ -301,6 +308,7 @@ class Trainer:
             "response_length": float(out.mask.sum(1).mean()),
             "unscorable": float(1.0 - grades.scorable.mean()),
             "clipped_length": float(1.0 - out.finished.mean()),
+            "train_padding": self._padding(collected),
             "bins": bins,
             "controller": extra,
             "strata": {
@@ -310,6 +318,14 @@ class Trainer:
             },
             **records.diagnostic_record(bins, self.config.controller.mean_rollouts),
         }
+
+    def _padding(self, collected: Collected) -> float:
+        """The share of the update's work on responses that was done for padding, the head not counted."""
+        used = packing.lengths(collected.rollouts.mask, collected.grades.scorable)
+        ids = collected.plan.prompt_ids[collected.prompt_index]
+        sizes = (collected.rollouts.mask.shape[1], self.mask.shape[1])
+        found = packing.padding(collected.pieces, self.config.train, used, self.mask[ids].sum(axis=1), *sizes)
+        return found.share(*work(self.parts.policy.model.config))
 
     def _count(self, collected: Collected, clock: Clock, compiling: float) -> None:
         mask = np.asarray(collected.rollouts.mask)

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from gdro_jax.models import qwen3
-from gdro_jax.training import batching, setup, step
+from gdro_jax.models.config import work
+from gdro_jax.training import batching, packing, setup, step
 from gdro_jax.training.chips import GIB, Chip
 from gdro_jax.training.config import Config
 from gdro_jax.training.optimiser import make_optimiser
@@ -21,7 +22,10 @@ FORWARD_PASSES = {"none": 1.0, "products": 1.0, "block": 2.0}  # with what the b
 
 
 class Shapes(NamedTuple):
-    """P prompts, R rows, L prompt and T response tokens; a piece has rows and room for prompts; `pieces` in all."""
+    """P prompts, R rows, L prompt and T response tokens; a piece has rows and room for prompts; `pieces` in all.
+
+    With `train.length_buckets` prompts are a minibatch's, rows what a piece has room for, `packed` the other shapes.
+    """
 
     prompts: int
     rows: int
@@ -30,6 +34,7 @@ class Shapes(NamedTuple):
     pieces: int
     piece_rows: int
     piece_prompts: int
+    packed: packing.Sizes | None = None
 
 
 class Compiled(NamedTuple):
@@ -53,9 +58,14 @@ def shapes(config: Config, prompt_tokens: int) -> Shapes:
       setup.InputError: no such controller.
     """
     prompts, rows = config.train.prompts_per_step, config.rows_per_step
-    pieces = config.train.minibatches * config.train.microbatches
-    room = batching.prompts_per_piece(prompts, rows, pieces, setup.most_rollouts(config.controller))
-    return Shapes(prompts, rows, prompt_tokens, config.sampling.max_new_tokens, pieces, rows // pieces, room)
+    train, tokens = config.train, config.sampling.max_new_tokens
+    pieces, buckets = train.minibatches * train.microbatches, train.length_buckets
+    cuts = pieces if buckets is None else train.minibatches
+    room = batching.prompts_per_piece(prompts, rows, cuts, setup.most_rollouts(config.controller))
+    if buckets is None:
+        return Shapes(prompts, rows, prompt_tokens, tokens, pieces, rows // pieces, room)
+    packed = packing.sizes(buckets, rows // cuts, train.microbatches, tokens)
+    return Shapes(prompts, rows, prompt_tokens, tokens, pieces, packed.rows, room, packed)
 
 
 def compile_step(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, device: jax.Device) -> Compiled:
@@ -87,17 +97,22 @@ def compile_step(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes,
 
 def flops(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> float:
     """Of one step's update: two a multiplication, all tokens real, three products for the head's loss and gradients."""
-    c = architecture
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    matrices = c.num_layers * (2 * c.hidden_size * (queries + keys) + 3 * c.hidden_size * c.intermediate_size)
-    prompt, response = shape.piece_prompts * shape.prompt_tokens, shape.piece_rows * shape.response_tokens
-    pairs = prompt * shape.prompt_tokens + response * (shape.prompt_tokens + shape.response_tokens)
-    blocks = 2.0 * matrices * (prompt + response) + 4.0 * c.num_layers * queries * pairs
-    head = 2.0 * response * c.hidden_size * c.vocab_size
+    per_token, per_pair = work(architecture)
+    length = shape.response_tokens
+    prompt, response = shape.piece_prompts * shape.prompt_tokens, shape.rows // shape.pieces * length
+
+    def blocks(tokens: int, keys: int) -> float:
+        return tokens * (per_token + per_pair * keys)
+
+    head = 2.0 * response * architecture.hidden_size * architecture.vocab_size
     passes = FORWARD_PASSES[config.model.remat] + 2
-    if config.train.kl_coef > 0:
-        return shape.pieces * ((passes + 1) * blocks + 4 * head)
-    return shape.pieces * (passes * blocks + 3 * head)
+    reference = 1 if config.train.kl_coef > 0 else 0
+    responses = (passes + reference) * blocks(response, shape.prompt_tokens + length) + (3 + reference) * head
+    prompts = (passes + reference) * blocks(prompt, shape.prompt_tokens)
+    if shape.packed is None:
+        return shape.pieces * (responses + prompts)
+    again = blocks(prompt, shape.prompt_tokens)  # prompts run once more for their gradient, after all pieces
+    return shape.pieces * responses + config.train.minibatches * (prompts + again)
 
 
 def traffic(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> float:
@@ -133,8 +148,7 @@ def text(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, compile
         f"model       {qwen3.num_params(architecture) / 1e6:.1f} million parameters, {architecture.num_layers} layers",
         f"step        {shape.prompts} prompts of {shape.prompt_tokens} tokens, {shape.rows} rows of "
         f"{shape.response_tokens} tokens",
-        f"piece       {shape.piece_rows} rows, {shape.piece_prompts} prompts; {config.train.minibatches} updates of "
-        f"{config.train.microbatches} pieces",
+        *_pieces(config, shape),
         f"compile     {compiled.seconds:.1f} s, one program",
     ]
     if compiled.refused is None:
@@ -157,6 +171,21 @@ def text(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, compile
         lines.append(f"fits        no{reason}; to make it smaller:")
         lines += [f"            {knob}" for knob in knobs(config, shape)]
     return "\n".join(lines)
+
+
+def _pieces(config: Config, shape: Shapes) -> list[str]:
+    updates, pieces = config.train.minibatches, config.train.microbatches
+    if shape.packed is None:
+        return [
+            f"piece       {shape.piece_rows} rows, {shape.piece_prompts} prompts; {updates} updates of {pieces} pieces"
+        ]
+    groups = ", ".join(f"{rows} x {tokens}" for rows, tokens in shape.packed.groups)
+    return [
+        f"piece       {shape.packed.tokens} tokens of at most {shape.packed.rows} rows; {updates} updates of at least "
+        f"{pieces} pieces if all responses are of full length, of fewer as they are shorter",
+        f"attention   groups of {groups} tokens",
+        f"prompts     {shape.piece_prompts} an update, before its pieces",
+    ]
 
 
 def fits(compiled: Compiled, chip: Chip) -> bool:
@@ -184,13 +213,19 @@ def _arguments(
         logprobs=np.zeros((rows, tokens), np.float32),
         rewards=np.zeros(rows, np.float32),
         scorable=np.ones(rows, bool),
-        pieces=batching.Pieces(
-            np.zeros((shape.pieces, shape.piece_rows), np.int32),
-            np.zeros((shape.pieces, shape.piece_prompts), np.int32),
-            np.zeros((shape.pieces, shape.piece_rows), np.int32),
-        ),
+        pieces=_cut(config, shape),
     )
     reference = qwen3.working(model) if low_rank or config.train.kl_coef > 0 else None
     trained = setup.adapters(config.model, architecture, jax.random.key(0)) if low_rank else model
     batch = jax.tree.map(jax.numpy.asarray, batch)
     return step.Learner(trained, make_optimiser(config.train).init(trained)), batch, reference
+
+
+def _cut(config: Config, shape: Shapes) -> batching.Pieces | packing.Packed:
+    cuts = shape.pieces if shape.packed is None else config.train.minibatches
+    rows = np.zeros((cuts, shape.rows // cuts), np.int32)
+    pieces = batching.Pieces(rows, np.zeros((cuts, shape.piece_prompts), np.int32), rows)
+    if shape.packed is None:
+        return pieces
+    full = np.full(shape.rows, shape.response_tokens)
+    return packing.pack(pieces, full, np.zeros(shape.rows, bool), shape.packed, cuts)

@@ -9,23 +9,33 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdro_jax.losses import grpo, linear_grpo
+from gdro_jax.losses import grpo
 from gdro_jax.losses.reduction import LossSums, finish, finish_grad
-from gdro_jax.losses.surrogate import Options
 from gdro_jax.models import lora, qwen3
+from gdro_jax.training import packed
 from gdro_jax.training.batching import Pieces
 from gdro_jax.training.config import TrainConfig
 from gdro_jax.training.logprobs import active_logprobs, response_hidden, response_logprobs
 from gdro_jax.training.mesh import ONE_DEVICE, Layout
 from gdro_jax.training.optimiser import make_optimiser
+from gdro_jax.training.packing import Packed
+from gdro_jax.training.piece import Rows, active, needs_reference, of_rows, policy, sums
 
-__all__ = ["Batch", "Learner", "StepResult", "compiled_update", "response_logprobs", "surrogate_signal", "update"]
+__all__ = [
+    "Batch",
+    "Learner",
+    "StepResult",
+    "compiled_update",
+    "policy",
+    "response_logprobs",
+    "surrogate_signal",
+    "update",
+]
 
 Array = jax.Array | np.ndarray
 
@@ -39,7 +49,7 @@ class Batch(NamedTuple):
       prompt_index: int32[R].
       tokens: int32[R, T], mask bool[R, T], logprobs float32[R, T] of the distribution sampled from.
       rewards: float32[R], scorable bool[R]; an unscorable row carries no weight anywhere.
-      pieces: the cut into M * A pieces of R / (M A) rows.
+      pieces: the cut into M * A pieces of R / (M A) rows, or, with `train.length_buckets`, into streams.
     """
 
     prompts: Array
@@ -51,7 +61,7 @@ class Batch(NamedTuple):
     logprobs: Array
     rewards: Array
     scorable: Array
-    pieces: Pieces
+    pieces: Pieces | Packed
 
 
 class Learner(NamedTuple):
@@ -99,16 +109,23 @@ def update(
       layout: of a mesh; its `shards` times as many pieces are needed. The result does not depend on it.
     """
     batch = jax.tree.map(jnp.asarray, batch)
-    rows = _rows(batch, config)
+    rows = of_rows(batch, config)
+    whole = packed.Step(reference, batch, rows, config, temperature, layout)
     if config.importance_cap is not None and config.minibatches > 1:
-        rows["old"] = _policy_logprobs(policy(learner.model, reference), batch, rows, temperature, layout)
-    sums_of = functools.partial(_shards_sums, reference, batch, rows, config, temperature, layout)
-    pieces = jax.tree.map(lambda x: x.reshape(config.minibatches, -1, *x.shape[1:]), _sharded(batch.pieces, layout))
+        rows["old"] = _policy_logprobs(whole, policy(learner.model, reference))
     optimiser, architecture = make_optimiser(config), _architecture(learner.model, reference)
     keep = functools.partial(layout.keep, architecture)
+    gradient: Callable[[Any, Any], tuple[LossSums, jax.Array, jax.Array, Any]]
+    pieces: Any = batch.pieces
+    if isinstance(pieces, Packed):
+        gradient = functools.partial(packed.accumulate, whole, keep=keep)
+    else:
+        pieces = jax.tree.map(lambda x: x.reshape(config.minibatches, -1, *x.shape[1:]), _sharded(pieces, layout))
+        sums_of = functools.partial(_shards_sums, reference, batch, rows, config, temperature, layout)
+        gradient = functools.partial(_accumulate, sums_of, keep=keep)
 
-    def minibatch(learner: Learner, piece: Pieces) -> tuple[Learner, tuple[Any, ...]]:
-        sums, plain, gap, grad = _accumulate(sums_of, learner.model, piece, keep)
+    def minibatch(learner: Learner, cut: Any) -> tuple[Learner, tuple[Any, ...]]:
+        sums, plain, gap, grad = gradient(learner.model, cut)
         grad = jax.tree.map(lambda g, p: g.astype(p.dtype), finish_grad(grad, sums), learner.model)
         out, norm = finish(sums), optax.global_norm(grad)
         finite = jnp.isfinite(out.loss) & jnp.isfinite(norm)
@@ -142,7 +159,11 @@ def surrogate_signal(
 ) -> jax.Array:
     """`StepResult.signal` of a learner's model that is not changed, for weights that come from the step's own batch."""
     batch = jax.tree.map(jnp.asarray, batch)
-    sums_of = functools.partial(_piece_sums, reference, batch, _rows(batch, config), config, temperature)
+    rows = of_rows(batch, config)
+    if isinstance(batch.pieces, Packed):
+        whole = packed.Step(reference, batch, rows, config, temperature, ONE_DEVICE)
+        return _per_prompt(batch, jax.lax.map(lambda cut: packed.losses(whole, model, cut), batch.pieces))
+    sums_of = functools.partial(_piece_sums, reference, batch, rows, config, temperature)
     return _per_prompt(batch, jax.lax.map(lambda piece: sums_of(model, piece)[1], batch.pieces))
 
 
@@ -150,41 +171,6 @@ def _architecture(trained: qwen3.Qwen3 | lora.Adapters, frozen: qwen3.Qwen3 | No
     known = trained if isinstance(trained, qwen3.Qwen3) else frozen
     assert known is not None
     return known.config
-
-
-def policy(trained: qwen3.Qwen3 | lora.Adapters, frozen: qwen3.Qwen3 | None) -> qwen3.Qwen3:
-    """The policy that a learner's model stands for: itself, or the frozen one with these adapters on it."""
-    if not isinstance(trained, lora.Adapters):
-        return trained
-    assert frozen is not None
-    return qwen3.adapted(frozen, trained)
-
-
-def _rows(batch: Batch, config: TrainConfig) -> dict[str, Array]:
-    """What the loss needs of each row, [R, ...]; made for the whole step, so that no cut of it matters."""
-    num_prompts = batch.prompts.shape[0]
-    chex.assert_equal_shape([batch.tokens, batch.mask, batch.logprobs])
-    chex.assert_equal_shape([batch.rewards, batch.scorable, batch.prompt_index])
-    chex.assert_shape(batch.weights, (num_prompts,))
-    advantages = grpo.group_advantages(
-        batch.rewards,
-        batch.prompt_index,
-        num_prompts,
-        scale=config.advantage_scale,
-        clip=config.advantage_clip,
-        baseline=config.advantage_baseline,
-        valid=batch.scorable,
-    )
-    weights = grpo.row_weights(batch.prompt_index, num_prompts, weighting=config.row_weighting, valid=batch.scorable)
-    return {
-        "tokens": batch.tokens,
-        "mask": batch.mask,
-        "old": batch.logprobs,
-        "sampler": batch.logprobs,
-        "unweighted": advantages,
-        "advantages": advantages * batch.weights[batch.prompt_index],
-        "row_weights": weights * config.minibatches,  # the mean over minibatches is the step's loss
-    }
 
 
 def _per_prompt(batch: Batch, per_row: jax.Array) -> jax.Array:
@@ -228,53 +214,26 @@ def _piece_sums(
     model = policy(trained, reference)
     part = {name: value[piece.rows] for name, value in rows.items()}
     prompts = (batch.prompts[piece.prompts], batch.prompt_mask[piece.prompts], piece.local_index)
-    active = part["mask"] & (part["row_weights"] != 0)[:, None]
     ref = None
-    if reference is not None and config.kl_coef > 0:
-        ref = active_logprobs(reference, *prompts, part["tokens"], part["mask"], active, temperature)
-    capped = config.importance_cap is not None
-    fixed: dict[str, Any] = {
-        "ratio_level": config.ratio_level,
-        "sampler_logprobs": part["sampler"] if capped else None,
-    }
-    options = Options(
-        config.clip_low, config.clip_high, config.kl_coef, config.kl_estimator, config.dual_clip, config.importance_cap
-    )
+    if reference is not None and needs_reference(reference, config):
+        ref = active_logprobs(reference, *prompts, part["tokens"], part["mask"], active(part), temperature)
     hidden = response_hidden(model, *prompts, part["tokens"], part["mask"])
-    out = linear_grpo.loss_sums(
-        hidden,
-        qwen3.unembed_weight(model),
-        part["tokens"],
-        None if capped and config.minibatches == 1 else part["old"],  # None: the policy itself, not changed yet
-        part["advantages"],
-        part["mask"],
-        ref,
-        part["row_weights"],
-        temperature,
-        options,
-        aggregate=config.aggregate,
-        **fixed,
-    )
-    old = out.logprobs if capped and config.minibatches == 1 else part["old"]
-    mask, weights = part["mask"], part["row_weights"]
-    plain = grpo.loss_sums(  # Eq. 6
-        out.logprobs, old, part["unweighted"], mask, ref, weights, **options._asdict(), **fixed
-    )
-    gap = jnp.max(jnp.where(active, jnp.abs(out.logprobs - part["sampler"]), 0.0))
-    return out.sums, jax.lax.stop_gradient(plain.per_row), gap
+    return sums(model, hidden, ref, part, config, temperature)
 
 
-def _policy_logprobs(
-    model: qwen3.Qwen3, batch: Batch, rows: dict[str, Array], temperature: float, layout: Layout
-) -> jax.Array:
+def _policy_logprobs(whole: packed.Step, model: qwen3.Qwen3) -> jax.Array:
     """Log-probs float32[R, T] of all rows before the step, 0 where they do not matter."""
+    batch, layout = whole.batch, whole.layout
 
     def one(piece: Pieces) -> jax.Array:
-        tokens, mask, weight = (jnp.asarray(rows[name])[piece.rows] for name in ("tokens", "mask", "row_weights"))
+        rows: Rows = {name: jnp.asarray(value)[piece.rows] for name, value in whole.rows.items()}
         prompts = (batch.prompts[piece.prompts], batch.prompt_mask[piece.prompts], piece.local_index)
-        return active_logprobs(model, *prompts, tokens, mask, mask & (weight != 0)[:, None], temperature)
+        return active_logprobs(model, *prompts, rows["tokens"], rows["mask"], active(rows), whole.temperature)
 
-    found = jax.lax.map(lambda pieces: layout.over_shards(one, pieces), _sharded(batch.pieces, layout))
+    if isinstance(batch.pieces, Packed):
+        found = jax.lax.map(functools.partial(packed.logprobs, whole, model), batch.pieces)
+    else:
+        found = jax.lax.map(lambda pieces: layout.over_shards(one, pieces), _sharded(batch.pieces, layout))
     flat = found.reshape(-1, found.shape[-1])
     return jnp.zeros_like(flat).at[jnp.asarray(batch.pieces.rows).reshape(-1)].set(flat)
 

@@ -19,7 +19,7 @@ def configured(*fields):
 
 def test_shapes_and_flops_by_hand():
     shape = plan.shapes(configured(), 8)
-    assert shape == (4, 8, 8, 3, 2, 4, 2)  # pieces of 4 rows touch 2 prompts of 2 rollouts each
+    assert shape == (4, 8, 8, 3, 2, 4, 2, None)  # pieces of 4 rows touch 2 prompts of 2 rollouts each
     assert plan.shapes(configured("controller.name=joint"), 8).piece_prompts == 4
     with pytest.raises(InputError, match="controller"):
         plan.shapes(configured("controller.name=best"), 8)
@@ -33,6 +33,21 @@ def test_shapes_and_flops_by_hand():
     assert plan.flops(configured(), tiny, shape) == 2 * (3 * blocks + 3 * head)
     assert plan.flops(configured("model.remat=block"), tiny, shape) == 2 * (4 * blocks + 3 * head)
     assert plan.flops(configured("train.kl_coef=0.1"), tiny, shape) == 2 * (4 * blocks + 4 * head)
+
+
+def test_shapes_and_flops_with_length_buckets():
+    config = configured("train.length_buckets=2", "sampling.max_new_tokens=33")
+    shape = plan.shapes(config, 8)
+    assert shape.packed == (132, 8, ((8, 2), (1, 32))) and shape.piece_prompts == 4 and shape.pieces == 2
+    tiny = qwen3.Qwen3Config(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
+    )
+    per_token, per_pair = 2 * 2 * (4 * 8 + 2 * 4 * 4 + 8 * 4 + 3 * 4 * 6), 2 * 4 * 8
+    prompts = 4 * 4 * 8 * (per_token + 8 * per_pair)  # forward, once more, and backward
+    responses = 4 * 33 * (3 * (per_token + 41 * per_pair) + 3 * 2 * 4 * 10)
+    assert plan.flops(config, tiny, shape) == prompts + 2 * responses
+    said = plan.text(config, tiny, shape, plan.Compiled(1.0), chips.CHIPS["TPU v5 lite"])
+    assert "132 tokens of at most 8 rows" in said and "8 x 2, 1 x 32" in said and "4 an update" in said
 
 
 def test_what_does_not_fit_says_what_to_turn():

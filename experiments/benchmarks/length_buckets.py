@@ -1,0 +1,118 @@
+"""The training step on heavy-tailed response lengths: how much of its work is padding, and its time, cut either way.
+
+    python experiments/benchmarks/length_buckets.py [--buckets B] [--microbatches A] [--repeats N] [--no-time]
+
+Prints one JSON line. Workload W3: 16 prompts of 64 tokens, 8 rollouts each of at most 512 tokens, lengths geometric
+with a mean of 64, the model of `train_step.py` W1b. Padding is given as shares of the tokens that go through weights,
+of query-key pairs, and of the blocks' FLOPs with the prompts left out; the prompts' own work is stated beside it, in
+runs of all prompts forward and backward. The head is run for real tokens alone either way. Timings: whole steps after
+the first, the two sides in turn.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import train_step
+
+from gdro_jax.models.config import work
+from gdro_jax.models.qwen3 import init
+from gdro_jax.training import batching, packing, step
+from gdro_jax.training.config import TrainConfig
+from gdro_jax.training.optimiser import make_optimiser
+
+SIZE = {"prompts": 16, "rollouts": 8, "prompt": 64, "length": 512, "vocabulary": 8192, "layers": 4}
+MEAN = 64
+
+
+def batch(seed: int) -> step.Batch:
+    """`train_step.rollouts` with lengths."""
+    out = train_step.rollouts(SIZE, 1)
+    lengths = np.minimum(np.random.default_rng(seed).geometric(1 / MEAN, len(out.tokens)), SIZE["length"])
+    return out._replace(mask=np.arange(SIZE["length"]) < lengths[:, None])
+
+
+def cut(of: step.Batch, train: TrainConfig) -> batching.Pieces | packing.Packed:
+    counts, rng = np.full(SIZE["prompts"], SIZE["rollouts"]), np.random.default_rng(0)
+    if train.length_buckets is None:
+        return batching.cut(counts, train.microbatches, rng, SIZE["rollouts"])
+    return packing.pack_step(batching.cut(counts, 1, rng), train, of.mask, of.rewards, of.scorable)
+
+
+def shares(train: TrainConfig, seeds: range = range(10)) -> dict[str, float]:
+    """Means over steps of other lengths."""
+    found = []
+    for seed in seeds:
+        of = batch(seed)
+        pieces = cut(of, train)
+        lengths = packing.lengths(of.mask, of.scorable)
+        before = np.full(len(lengths), SIZE["prompt"])
+        spent = packing.padding(pieces, train, lengths, before, SIZE["length"], SIZE["prompt"])
+        packed = isinstance(pieces, packing.Packed)
+        number = float(pieces.number[0]) if packed else float(len(pieces.rows))
+        prompts = 4 / 3 if packed else pieces.prompts.size / SIZE["prompts"]
+        per_token, per_pair = work(train_step.architecture(SIZE))
+        prompt = prompts * SIZE["prompts"] * SIZE["prompt"] * (per_token + SIZE["prompt"] * per_pair)
+        total = spent.tokens * per_token + spent.pairs * per_pair
+        found.append((
+            spent.share(1.0, 0.0), spent.share(0.0, 1.0), spent.share(per_token, per_pair), number, prompts,
+            prompt / (prompt + total),
+        ))  # fmt: skip
+    names = ("of_tokens", "of_pairs", "of_flops", "pieces", "runs_of_prompts", "prompts_share_of_all_flops")
+    return {name: round(float(x), 4) for name, x in zip(names, np.mean(found, axis=0), strict=True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--buckets", type=int, default=6)
+    parser.add_argument("--microbatches", type=int, default=64, help="in streams; padded rows take --padded")
+    parser.add_argument("--padded", type=int, default=16, help="microbatches of padded rows")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True)
+    known = parser.parse_args()
+    base = {"kl_coef": 0.0, "learning_rate": 1e-5, "weight_decay": 0.01}
+    padded = TrainConfig(microbatches=known.padded, **base)
+    packed = TrainConfig(microbatches=known.microbatches, length_buckets=known.buckets, **base)
+    line = {"workload": "W3 training step", "jax": jax.__version__, "cores": len(os.sched_getaffinity(0)), **SIZE}
+    line["padding"] = {"padded": shares(padded)} | {
+        f"{buckets} buckets, {microbatches} microbatches": shares(
+            TrainConfig(length_buckets=buckets, microbatches=microbatches, **base)
+        )
+        for buckets in (1, 4, 6, 8)
+        for microbatches in (128, 64, 32)
+    }
+    if known.time:
+        update, sides = step.compiled_update(), {}
+        for name, train in (("streams", packed), ("padded", padded)):
+            model = init(train_step.architecture(SIZE), jax.random.key(0))
+            of = batch(0)
+            sides[name] = [
+                train,
+                step.Learner(model, make_optimiser(train).init(model)),
+                of._replace(pieces=cut(of, train)),
+            ]
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        losses: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(known.repeats + 1):
+            for name, side in sides.items():
+                begun = time.perf_counter()
+                side[1], _, metrics, _ = jax.block_until_ready(update(side[1], None, side[2], side[0], 1.0))
+                seconds[name].append(round(time.perf_counter() - begun, 3))
+                losses[name].append(float(metrics["loss"]))
+        np.testing.assert_allclose(losses["streams"], losses["padded"], rtol=1e-4, atol=1e-6)
+        medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        line |= {
+            "buckets": known.buckets, "microbatches": {"streams": known.microbatches, "padded": known.padded},
+            "seconds": seconds, "ratio": round(medians["streams"] / medians["padded"], 3), "losses": losses,
+        }  # fmt: skip
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

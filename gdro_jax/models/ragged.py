@@ -1,0 +1,166 @@
+"""Responses end to end in one stream of tokens, over their prompts' keys and values: `qwen3.extend` without padding.
+
+Everything but attention works on the stream itself. Attention takes rows in groups, each of one of a few compiled
+shapes; which groups there are is data, so the loop over them is dynamic, and its gradient is a second such loop that
+makes each group's attention again (as `recompute` does within one).
+Letters: N tokens of the stream, n rows, g groups, P prompts, L prompt tokens, H heads, K KV heads, C head size.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gdro_jax.models import attention, qwen3
+
+Shapes = tuple[tuple[int, int], ...]
+Grads = tuple[jax.Array, ...]
+
+
+class Groups(NamedTuple):
+    """Rows that attention takes together.
+
+    Attributes:
+      first, last: int32[g], a group holds the rows first <= i < last.
+      size: int32[g], its shape as a position in the tuple of (rows, tokens) that the program was compiled for.
+      begin, end: int32[], the groups begin <= i < end are run.
+    """
+
+    first: jax.Array
+    last: jax.Array
+    size: jax.Array
+    begin: jax.Array
+    end: jax.Array
+
+
+class Stream(NamedTuple):
+    """Rows end to end.
+
+    Attributes:
+      start, length: int32[n], a row's first token in the stream, and how many it has.
+      prompt_index: int32[n].
+      row, step: int32[N], a token's row, and which of its tokens it is.
+      real: bool[N], False behind the last row's end.
+    """
+
+    start: jax.Array
+    length: jax.Array
+    prompt_index: jax.Array
+    row: jax.Array
+    step: jax.Array
+    real: jax.Array
+
+
+def stream(length: jax.Array, prompt_index: jax.Array, tokens: int) -> Stream:
+    """The stream of `tokens` for rows of so many tokens, int32[n], in their order."""
+    ends = jnp.cumsum(length, dtype=jnp.int32)
+    place = jnp.arange(tokens, dtype=jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(ends, place, side="right").astype(jnp.int32), len(length) - 1)
+    real = place < ends[-1]
+    return Stream(ends - length, length, prompt_index, row, jnp.where(real, place - (ends - length)[row], 0), real)
+
+
+def extend(
+    model: qwen3.Qwen3, tokens: jax.Array, kv: qwen3.PromptKV, of: Stream, groups: Groups, shapes: Shapes
+) -> jax.Array:
+    """Final hidden states [N, D]; see `qwen3.extend`. What stands where the stream is empty is finite and meaningless.
+
+    Args:
+      model: the policy.
+      tokens: int32[N], the stream.
+      kv: of P prompts.
+      of: where the rows lie.
+      groups: every row with tokens in one of them.
+      shapes: (rows, tokens a row) of the groups' sizes; static.
+    """
+    position = kv.length[of.prompt_index][of.row] + of.step
+    turn = qwen3.rotation(model.config, position[None])
+    mix = partial(_mix, (model.kernel, shapes))
+
+    def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+        weights, *shared = layer
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return mix((q[0], k[0], v[0], *shared), kv.mask, of, groups)[None], None
+
+        return qwen3.run_block(model.config, weights, x, turn, attend)
+
+    x = qwen3.embed_tokens(model, jnp.where(of.real, tokens, 0))[None]
+    x, _ = jax.lax.scan(qwen3.remembered(model, block), x, (qwen3.block_weights(model), kv.k, kv.v))
+    return qwen3.final_norm(model, x[0])
+
+
+Static = tuple[str, Shapes]  # the kernel, and the groups' shapes
+Arrays = tuple[jax.Array, ...]  # q [N, H, C], k and v [N, K, C], the prompts' k and v [P, L, K, C]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix(static: Static, arrays: Arrays, mask: jax.Array, of: Stream, groups: Groups) -> jax.Array:
+    """Attention of the stream, [N, H, C]; mask bool[P, L]."""
+
+    def one(shape: tuple[int, int], group: jax.Array, out: jax.Array) -> jax.Array:
+        found = _Group.find(shape, group, of, groups)
+        mixed = found.attention(static[0], mask)(*found.take(arrays))
+        return out.at[found.place].set(mixed, mode="drop")
+
+    return _loop(static[1], one, groups, jnp.zeros_like(arrays[0]))
+
+
+def _forward(static: Static, *given) -> tuple[jax.Array, tuple]:
+    return _mix(static, *given), given
+
+
+def _backward(static: Static, saved: tuple, bar: jax.Array) -> tuple:
+    arrays, mask, of, groups = saved
+
+    def one(shape: tuple[int, int], group: jax.Array, sums: Grads) -> Grads:
+        found = _Group.find(shape, group, of, groups)
+        _, back = jax.vjp(found.attention(static[0], mask), *found.take(arrays))
+        *own, k, v = back(found.take_tokens(bar))
+        put = (total.at[found.place].set(x, mode="drop") for total, x in zip(sums, own, strict=False))
+        shared = (total.at[found.prompts].add(x.astype(total.dtype)) for total, x in zip(sums[3:], (k, v), strict=True))
+        return *put, *shared
+
+    zeros = [jnp.zeros_like(x) for x in arrays[:3]] + [jnp.zeros(x.shape, jnp.float32) for x in arrays[3:]]
+    sums = _loop(static[1], one, groups, tuple(zeros))
+    return tuple(x.astype(like.dtype) for x, like in zip(sums, arrays, strict=True)), None, None, None
+
+
+_mix.defvjp(_forward, _backward)
+
+
+def _loop(shapes: Shapes, one, groups: Groups, start):
+    """`one(shape, group, carry)` of every group in turn."""
+
+    def body(group: jax.Array, carry):
+        return jax.lax.switch(groups.size[group], [partial(one, shape) for shape in shapes], group, carry)
+
+    return jax.lax.fori_loop(groups.begin, groups.end, body, start)
+
+
+class _Group(NamedTuple):
+    """A group's rows, padded to its shape: place int32[rows, tokens] in the stream, N where there is none."""
+
+    place: jax.Array
+    real: jax.Array
+    prompts: jax.Array
+
+    @staticmethod
+    def find(shape: tuple[int, int], group: jax.Array, of: Stream, groups: Groups) -> "_Group":
+        wanted = groups.first[group] + jnp.arange(shape[0])
+        row = jnp.minimum(wanted, len(of.length) - 1)
+        count = jnp.where(wanted < groups.last[group], of.length[row], 0)
+        steps = jnp.arange(shape[1])
+        real = steps < count[:, None]
+        return _Group(jnp.where(real, of.start[row][:, None] + steps, len(of.row)), real, of.prompt_index[row])
+
+    def take_tokens(self, x: jax.Array) -> jax.Array:
+        return x.at[self.place].get(mode="fill", fill_value=0)
+
+    def take(self, arrays: Arrays) -> Arrays:
+        return *(self.take_tokens(x) for x in arrays[:3]), *(x[self.prompts] for x in arrays[3:])
+
+    def attention(self, kernel: str, mask: jax.Array):
+        causal = attention.causal(kernel, self.real, mask[self.prompts])
+        return lambda q, k, v, *shared: causal(q, k, v, shared)

@@ -1,0 +1,272 @@
+"""A minibatch of the step on the streams of `packing`: prompts, then its pieces, then the prompts' gradient.
+
+All prompts of the minibatch are run before its pieces and their keys and values kept, so that a prompt is shared
+whatever pieces its rows are in. The gradient with respect to those is added up over the pieces and goes through the
+prompts after them, which are run a second time for it: no more activations are held than one piece has.
+Letters: S shards, n rows of the minibatch on each, Q prompts, N tokens and K rows of a piece, T and D as in `step`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gdro_jax.losses.linear_grpo import Places
+from gdro_jax.losses.reduction import LossSums
+from gdro_jax.models import qwen3, ragged
+from gdro_jax.training import packing, piece
+from gdro_jax.training.config import TrainConfig
+from gdro_jax.training.logprobs import head_logprobs
+from gdro_jax.training.mesh import Layout
+from gdro_jax.training.packing import Packed, Sizes
+
+Floats = tuple[
+    jax.Array, jax.Array, jax.Array
+]  # prompts' keys and values [S, layers, Q, L, ...], last states [S, Q, D]
+Sums = tuple[LossSums, jax.Array, jax.Array]  # see `piece.sums`; rows' losses are [S, K] here
+
+
+class Step(NamedTuple):
+    """What all pieces of a step read; `batch` is a `step.Batch`, `rows` of `piece.of_rows`."""
+
+    reference: qwen3.Qwen3 | None
+    batch: Any
+    rows: piece.Rows
+    config: TrainConfig
+    temperature: float
+    layout: Layout
+
+    def sizes(self, cut: Packed) -> Sizes:
+        assert self.config.length_buckets is not None
+        rows, longest = cut.rows.shape[-1], self.batch.tokens.shape[1]
+        return packing.sizes(self.config.length_buckets, rows, self.config.microbatches, longest)
+
+
+class _Window(NamedTuple):
+    """A piece: flat rows and their prompts int32[S, K], which of them are there bool[K], their groups."""
+
+    rows: jax.Array
+    prompts: jax.Array
+    live: jax.Array
+    groups: ragged.Groups
+
+
+def accumulate(
+    step: Step, trained: piece.Trained, cut: Packed, keep: Callable[[Any], Any] = lambda grad: grad
+) -> tuple[LossSums, jax.Array, jax.Array, Any]:
+    """Sums, rows' losses [S, n] in the order of `cut.rows`, largest gap, and gradient of one minibatch's loss sum."""
+    run = functools.partial(_piece, step, cut, _kept(step, step.reference, cut))
+    floats = _prompts(step, piece.policy(trained, step.reference), cut)
+
+    def gradient(number: jax.Array) -> tuple[Sums, tuple[Any, Floats]]:
+        def objective(trained: Any, floats: Floats) -> tuple[jax.Array, Sums]:
+            out = run(trained, floats, number)
+            return out[0].loss, out
+
+        (_, out), grads = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(trained, floats)
+        own, shared = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return out, (keep(own), shared)
+
+    def add(number: jax.Array, carry: tuple) -> tuple:
+        def with_gradient(carry: tuple) -> tuple:
+            out, grads = gradient(number)
+            return _added(cut, carry[0], out, number), jax.tree.map(jnp.add, carry[1], grads)
+
+        def without(carry: tuple) -> tuple:
+            return _added(cut, carry[0], run(trained, floats, number), number), carry[1]
+
+        if step.config.kl_coef > 0:
+            return with_gradient(carry)
+        return jax.lax.cond(_has_gradient(step, cut, number), with_gradient, without, carry)
+
+    start = _zeros(cut, step.sizes(cut).rows, *jax.eval_shape(gradient, jnp.int32(0)))
+    (sums, plain, gap), (own, shared) = jax.lax.fori_loop(0, cut.number, add, start)
+    grad = _prompts_gradient(step, trained, cut, shared, own, keep)
+    return sums, plain[:, : cut.rows.shape[1]], gap, grad
+
+
+def losses(step: Step, trained: piece.Trained, cut: Packed) -> jax.Array:
+    """The rows' losses of `accumulate` alone."""
+    run = functools.partial(_piece, step, cut, _kept(step, step.reference, cut))
+    floats = _prompts(step, piece.policy(trained, step.reference), cut)
+    one = functools.partial(run, trained, floats)
+    start, _ = _zeros(cut, step.sizes(cut).rows, jax.eval_shape(one, jnp.int32(0)), None)
+    out = jax.lax.fori_loop(0, cut.number, lambda number, carry: _added(cut, carry, one(number), number), start)
+    return out[1][:, : cut.rows.shape[1]]
+
+
+def logprobs(step: Step, model: qwen3.Qwen3, cut: Packed) -> jax.Array:
+    """Log-probs float32[S, n, T] of a minibatch's rows, in the order of `cut.rows`; 0 where they do not matter."""
+    shape, floats = step.sizes(cut), _prompts(step, model, cut)
+
+    def add(number: jax.Array, found: jax.Array) -> jax.Array:
+        window = _window(cut, number, shape)
+
+        def shard(given: tuple) -> jax.Array:
+            rows, of, places = _stream(step, window.live, shape, *given[:2])
+            hidden = _hidden(model, _prompt_kv(step, *given[2:]), given[-1][2], rows, of, window.groups, shape)
+            return _head(step, model, hidden, rows, places)
+
+        new = step.layout.over_shards(shard, (window.rows, window.prompts, cut.prompts, floats))
+        return jax.lax.dynamic_update_slice_in_dim(found, new, cut.piece_rows[number], axis=1)
+
+    shards, rows = cut.rows.shape
+    start = jnp.zeros((shards, rows + shape.rows, step.batch.tokens.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, cut.number, add, start)[:, :rows]
+
+
+def _piece(
+    step: Step, cut: Packed, ref_floats: Floats | None, trained: piece.Trained, floats: Floats, number: jax.Array
+) -> Sums:
+    """A piece's sums; `per_row` of them is not used."""
+    shape = step.sizes(cut)
+    window = _window(cut, number, shape)
+
+    def shard(given: tuple) -> Sums:
+        rows, of, places = _stream(step, window.live, shape, *given[:2])
+        _, _, prompts, floats, ref_floats = given
+        model, ref = piece.policy(trained, step.reference), None
+        if ref_floats is not None:
+            assert step.reference is not None
+            kv = _prompt_kv(step, prompts, ref_floats)
+            hidden = _hidden(step.reference, kv, ref_floats[2], rows, of, window.groups, shape)
+            ref = _head(step, step.reference, hidden, rows, places)
+        hidden = _hidden(model, _prompt_kv(step, prompts, floats), floats[2], rows, of, window.groups, shape)
+        return piece.sums(model, hidden, ref, rows, step.config, step.temperature, places)
+
+    given = (window.rows, window.prompts, cut.prompts, floats, ref_floats)
+    sums, plain, gap = step.layout.over_shards(shard, given)
+    added = jax.tree.map(lambda x: x.sum(0), sums._replace(per_row=jnp.zeros_like(plain[:, 0])))
+    return added, plain, gap.max()
+
+
+def _window(cut: Packed, number: jax.Array, shape: Sizes) -> _Window:
+    first = cut.piece_rows[number]
+    rows, prompts = (
+        jax.lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (0, shape.rows))), first, shape.rows, axis=1)
+        for x in (cut.rows, cut.local_index)
+    )
+    ends = (cut.piece_groups[number], cut.piece_groups[number + 1])
+    bounds = (jnp.asarray(x) - first for x in (cut.group_first, cut.group_last))
+    groups = ragged.Groups(*bounds, jnp.asarray(cut.group_size), *ends)
+    return _Window(rows, prompts, jnp.arange(shape.rows) < cut.piece_rows[number + 1] - first, groups)
+
+
+def _stream(
+    step: Step, live: jax.Array, shape: Sizes, ids: jax.Array, prompts: jax.Array
+) -> tuple[piece.Rows, ragged.Stream, Places]:
+    """A shard's rows of a piece, their inputs end to end, and where the predicted tokens are: first ones in front."""
+    rows: piece.Rows = {name: jnp.asarray(value)[ids] for name, value in step.rows.items()}
+    rows["mask"] = rows["mask"] & live[:, None]
+    rows["row_weights"] = jnp.where(live, rows["row_weights"], 0.0)
+    length = piece.active(rows).sum(1, dtype=jnp.int32)
+    of = ragged.stream(jnp.maximum(length - 1, 0), prompts, shape.tokens)
+    count, longest = rows["tokens"].shape
+    nowhere, steps = count * longest, jnp.arange(longest)
+    heads = jnp.where(length > 0, jnp.arange(count) * longest, nowhere)
+    later = jnp.where(of.real, of.row * longest + of.step + 1, nowhere)
+    place = jnp.where(steps == 0, jnp.arange(count)[:, None], count + of.start[:, None] + steps - 1)
+    place = jnp.where(steps < length[:, None], place, count + shape.tokens)
+    return rows, of, Places(jnp.concatenate([heads, later]), place)
+
+
+def _hidden(
+    model: qwen3.Qwen3,
+    kv: qwen3.PromptKV,
+    last: jax.Array,
+    rows: piece.Rows,
+    of: ragged.Stream,
+    groups: ragged.Groups,
+    shape: Sizes,
+) -> jax.Array:
+    """Final hidden states [K + N, D] in the order of `_stream`; NaN where the rows are more than the stream holds."""
+    tokens = jnp.asarray(rows["tokens"])[of.row, of.step]
+    later = ragged.extend(model, tokens, kv, of, groups, shape.groups)
+    hidden = jnp.concatenate([last[of.prompt_index], later])
+    return jnp.where(of.length.sum() <= shape.tokens, hidden, jnp.nan)
+
+
+def _head(step: Step, model: qwen3.Qwen3, hidden: jax.Array, rows: piece.Rows, places: Places) -> jax.Array:
+    targets, active = places.take(jnp.asarray(rows["tokens"])), places.take(piece.active(rows))
+    return places.put(head_logprobs(model, hidden, targets, active, step.temperature))
+
+
+def _has_gradient(step: Step, cut: Packed, number: jax.Array) -> jax.Array:
+    """Whether any advantage of the piece is not 0, without a KL term what a gradient comes from."""
+    place = jnp.arange(cut.rows.shape[1])
+    inside = (place >= cut.piece_rows[number]) & (place < cut.piece_rows[number + 1])
+    moving = (step.rows["advantages"] != 0) & (step.rows["row_weights"] != 0)
+    return (jnp.asarray(moving)[cut.rows] & inside).any()
+
+
+def _added(cut: Packed, carry: Sums, out: Sums, number: jax.Array) -> Sums:
+    """Rows past a piece's last are written over by the piece after it."""
+    plain = jax.lax.dynamic_update_slice_in_dim(carry[1], out[1], cut.piece_rows[number], axis=1)
+    return jax.tree.map(jnp.add, carry[0], out[0]), plain, jnp.maximum(carry[2], out[2])
+
+
+def _zeros(cut: Packed, rows: int, out: Any, grads: Any) -> tuple[Sums, Any]:
+    sums, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (out[0], grads))
+    return (sums, jnp.zeros((cut.rows.shape[0], cut.rows.shape[1] + rows), jnp.float32), jnp.float32(0)), grads
+
+
+# Prompts -----------------------------------------------------------------------------------------------------------
+def _kept(step: Step, reference: qwen3.Qwen3 | None, cut: Packed) -> Floats | None:
+    if reference is None or not piece.needs_reference(reference, step.config):
+        return None
+    return _prompts(step, reference, cut)
+
+
+def _prompts(step: Step, model: qwen3.Qwen3, cut: Packed) -> Floats:
+    """Keys, values and last states of the minibatch's prompts, so many at a time as a piece has room for."""
+    chunks = _chunks(step, cut)
+    k, v, last = jax.lax.map(functools.partial(_prefill, step, model), chunks)
+    k, v = (jnp.moveaxis(x, 0, 2) for x in (k, v))
+    k, v = (x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in (k, v))
+    return k, v, jnp.moveaxis(last, 0, 1).reshape(last.shape[1], -1, last.shape[-1])
+
+
+def _prompts_gradient(
+    step: Step, trained: piece.Trained, cut: Packed, bars: Floats, grad: Any, keep: Callable[[Any], Any]
+) -> Any:
+    """`grad` and what comes to the parameters through the prompts' states."""
+    chunks = _chunks(step, cut)
+    number, _, each = chunks.shape
+    k, v, last = bars
+    k, v = (jnp.moveaxis(x.reshape(*x.shape[:2], number, each, *x.shape[3:]), 2, 0) for x in (k, v))
+    last = jnp.moveaxis(last.reshape(len(last), number, each, -1), 1, 0)
+
+    def add(grad: Any, given: tuple[jax.Array, Floats]) -> tuple[Any, None]:
+        ids, bars = given
+        out, back = jax.vjp(lambda t: _prefill(step, piece.policy(t, step.reference), ids), trained)
+        (new,) = back(jax.tree.map(lambda bar, x: bar.astype(x.dtype), bars, out))
+        return keep(jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grad, new)), None
+
+    return jax.lax.scan(add, grad, (chunks, (k, v, last)))[0]
+
+
+def _chunks(step: Step, cut: Packed) -> jax.Array:
+    """The prompts int32[chunks, S, prompts], filled up with prompt 0."""
+    shards, count = cut.prompts.shape
+    each = max(1, min(count, step.sizes(cut).tokens // step.batch.prompts.shape[1]))
+    filled = jnp.pad(cut.prompts, ((0, 0), (0, -count % each)))
+    return jnp.moveaxis(filled.reshape(shards, -1, each), 1, 0)
+
+
+def _prefill(step: Step, model: qwen3.Qwen3, ids: jax.Array) -> Floats:
+    """Of prompts int32[S, q]."""
+
+    def shard(ids: jax.Array) -> Floats:
+        kv, last = qwen3.prefill(model, step.batch.prompts[ids], step.batch.prompt_mask[ids])
+        return kv.k, kv.v, last
+
+    return step.layout.over_shards(shard, ids)
+
+
+def _prompt_kv(step: Step, prompts: jax.Array, floats: Floats) -> qwen3.PromptKV:
+    k, v, _ = floats
+    ids = jnp.pad(prompts, (0, k.shape[1] - len(prompts)))
+    mask = step.batch.prompt_mask[ids]
+    return qwen3.PromptKV(k, v, mask, mask.sum(-1, dtype=jnp.int32))

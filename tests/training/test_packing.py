@@ -1,0 +1,210 @@
+"""Streams instead of padded rows: the laws of the cut, its padding, and the same step whatever the cut."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdro_jax.training import batching, mesh, packing, step
+from gdro_jax.training.config import TrainConfig
+from gdro_jax.training.optimiser import make_optimiser
+
+CONFIG = TrainConfig(
+    learning_rate=1.0, warmup_steps=0, adam_b1=0.0, adam_b2=0.0, adam_eps=1e3, max_grad_norm=1e9, kl_coef=0.0
+)
+
+update = step.compiled_update()
+
+
+def packed(case, config, shards=1):
+    """The case's batch in streams, its rows cut into minibatches as without."""
+    batch = case.batch
+    rows = batching.cut(np.bincount(batch.prompt_index), config.minibatches * shards, np.random.default_rng(0))
+    return batch._replace(pieces=packing.pack_step(rows, config, batch.mask, batch.rewards, batch.scorable))
+
+
+def trained(case, config, batch, layout=mesh.ONE_DEVICE):
+    learner = step.Learner(case.model, make_optimiser(config).init(case.model))
+    reference = case.reference if config.kl_coef > 0 else None
+    learner, reference = layout.put(case.model.config, (learner, reference))
+    return update(jax.tree.map(jax.numpy.copy, learner), reference, layout.whole(batch), config, 1.0, layout)
+
+
+def assert_same(got, want):
+    for a, b in zip(jax.tree.leaves(got.learner.model), jax.tree.leaves(want.learner.model), strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(np.asarray(got.signal), want.signal, rtol=1e-5, atol=1e-6)
+    for name, value in want.metrics.items():
+        np.testing.assert_allclose(got.metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+BUCKETS = dataclasses.replace(CONFIG, microbatches=3, length_buckets=3)
+
+
+def test_the_step_does_not_depend_on_the_cut(case):
+    """Uneven groups, an unscorable row, a group of equal rewards (no backward pass), several pieces."""
+    with jax.disable_jit():
+        learner = step.Learner(case.model, make_optimiser(CONFIG).init(case.model))
+        want = step.update(learner, None, case.cut(CONFIG), CONFIG, 1.0)
+    got = trained(case, BUCKETS, packed(case, BUCKETS))
+    assert float(got.metrics["grad_norm"]) > 0.05
+    assert_same(got, want)
+
+
+VARIANTS = [
+    {"kl_coef": 0.1, "microbatches": 2},
+    {"minibatches": 2, "microbatches": 3, "importance_cap": 0.9},
+    {"microbatches": 12, "ratio_level": "sequence"},
+    {"microbatches": 4, "aggregate": "token", "importance_cap": 0.9},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_no_option_depends_on_the_cut(case, fields):
+    config = dataclasses.replace(CONFIG, **fields)
+    want = trained(case, config, case.cut(config))
+    config = dataclasses.replace(config, length_buckets=3)
+    assert_same(trained(case, config, packed(case, config)), want)
+
+
+@pytest.mark.slow
+def test_the_signal_alone_is_the_steps(case):
+    config = dataclasses.replace(CONFIG, length_buckets=2, microbatches=3)
+    alone = step.surrogate_signal(case.model, None, packed(case, config), config, 1.0)
+    padded = step.surrogate_signal(case.model, None, case.cut(CONFIG), CONFIG, 1.0)
+    np.testing.assert_allclose(alone, padded, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.local_device_count() < 8, reason="needs 8 host devices")
+def test_eight_devices_are_one(case):
+    config = dataclasses.replace(CONFIG, kl_coef=0.1)
+    layout = mesh.make(data=2, fsdp=2, tensor=2)
+    want = trained(case, config, case.cut(config))
+    config = dataclasses.replace(config, length_buckets=3)
+    assert_same(trained(case, config, packed(case, config, layout.shards), layout), want)
+
+
+def shorter(case, length):
+    mask = case.batch.mask & (np.arange(case.batch.mask.shape[1]) < length)
+    return dataclasses.replace(case, batch=case.batch._replace(mask=mask))
+
+
+def test_lengths_compile_nothing(case):
+    """Other pieces and other groups are arrays of the same shapes, which is all that a program is compiled for."""
+    cuts = [packed(shorter(case, length), BUCKETS).pieces for length in (5, 3, 1)]
+    assert len({tuple(cut.group_size[0]) for cut in cuts}) > 1
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), cut) for cut in cuts]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_a_stream_that_is_too_small_is_not_finite(case):
+    """The lengths that the cut was made for are not those of the batch: nothing is dropped unseen."""
+    short = packed(shorter(case, 1), BUCKETS)
+    out = trained(case, BUCKETS, short._replace(mask=np.ones_like(short.mask)))
+    assert float(out.metrics["skipped"]) > 0
+
+
+@st.composite
+def steps(draw):
+    minibatches, shards, microbatches = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    each = microbatches * draw(st.integers(1, 12))
+    longest = draw(st.integers(1, 70))
+    total = minibatches * shards * each
+    lengths = np.array(draw(st.lists(st.integers(0, longest), min_size=total, max_size=total)))
+    idle = np.array(draw(st.lists(st.booleans(), min_size=total, max_size=total)))
+    return minibatches, shards, microbatches, longest, lengths, idle, draw(st.integers(1, 8))
+
+
+@given(steps())
+@settings(deadline=None, max_examples=150)
+def test_laws(drawn):
+    minibatches, shards, microbatches, longest, lengths, idle, buckets = drawn
+    counts = np.full(len(lengths), 1)
+    rows = batching.cut(counts, minibatches * shards, np.random.default_rng(0))
+    each = rows.rows.shape[1]
+    shape = packing.sizes(buckets, each, microbatches, longest)
+    cut = packing.pack(rows, lengths, idle, shape, minibatches)
+    assert len(shape.groups) <= buckets and shape.groups[-1][1] == max(longest - 1, 1)
+    owners = np.take_along_axis(cut.prompts, cut.local_index, axis=2)
+    np.testing.assert_array_equal(owners, cut.rows)  # one row a prompt
+    for m in range(minibatches):
+        for s in range(shards):  # the cut into minibatches and shards is what it was
+            assert sorted(cut.rows[m, s].tolist()) == sorted(rows.rows.reshape(minibatches, shards, -1)[m, s].tolist())
+        inputs = np.maximum(lengths[cut.rows[m]] - 1, 0)
+        ends, groups = cut.piece_rows[m], cut.piece_groups[m]
+        assert ends[0] == 0 and (ends[cut.number[m] :] == each).all() and (np.diff(ends) >= 0).all()
+        for k in range(cut.number[m]):
+            held = slice(ends[k], ends[k + 1])
+            assert 0 < ends[k + 1] - ends[k] <= shape.rows and (inputs[:, held].sum(1) <= shape.tokens).all()
+            seen = np.zeros(each, int)
+            for g in range(groups[k], groups[k + 1]):
+                first, last, (size, length) = (
+                    cut.group_first[m, g],
+                    cut.group_last[m, g],
+                    shape.groups[cut.group_size[m, g]],
+                )
+                assert ends[k] <= first < last <= ends[k + 1] and last - first <= size
+                assert inputs[:, first:last].max() <= length
+                seen[first:last] += 1
+            assert (seen[held] == (inputs[:, held].max(axis=0) > 0)).all()
+
+
+def test_rows_without_a_gradient_share_pieces():
+    rows = batching.cut(np.full(8, 1), 1, np.random.default_rng(0))
+    idle = np.arange(8) % 2 == 0
+    cut = packing.pack(rows, np.full(8, 9), idle, packing.sizes(2, 8, 4, 10), 1)
+    pieces = [idle[cut.rows[0, 0, a:b]] for a, b in zip(cut.piece_rows[0, :4], cut.piece_rows[0, 1:5], strict=True)]
+    assert cut.number[0] == 4 and all(piece.all() or not piece.any() for piece in pieces)
+    kl = packing.pack_step(rows, TrainConfig(length_buckets=2), np.ones((8, 9), bool), np.ones(8), np.ones(8, bool))
+    none = packing.pack_step(
+        rows, TrainConfig(length_buckets=2, kl_coef=0.0), np.ones((8, 9), bool), np.ones(8), np.ones(8, bool)
+    )
+    assert (kl.number == none.number).all()  # all rows are alike in both
+
+
+def test_padding_by_hand():
+    rows = batching.cut(np.full(4, 1), 1, np.random.default_rng(0))
+    lengths, before = np.array([9, 1, 0, 5]), np.full(4, 3)
+    real = 8 + 4, 8 * 3 + 36 + 4 * 3 + 10
+    found = packing.padding(rows, TrainConfig(), lengths, before, 9, 4)
+    assert found == (4 * 8, real[0], 4 * 8 * 12, real[1])  # every query meets 4 prompt keys and 8 of its own
+    assert found.share(1.0, 0.0) == 1 - 12 / 32
+    train = TrainConfig(length_buckets=2, microbatches=2)  # 2 rows of 9: pieces of 18 tokens, groups of 4 x 1 and 1 x 8
+    cut = packing.pack(rows, lengths, np.zeros(4, bool), packing.sizes(2, 4, 2, 9), 1)
+    assert packing.sizes(2, 4, 2, 9) == (18, 4, ((4, 1), (1, 8)))
+    found = packing.padding(cut, train, lengths, before, 9, 4)
+    assert found == (18, real[0], 2 * 8 * 12, real[1])  # one piece, two groups
+    assert 0 < found.share(1.0, 1.0) < 1
+
+
+@pytest.mark.parametrize(("mean", "rows", "microbatches", "most"), [(64, 128, 64, 0.15), (64, 512, 64, 0.15)])
+def test_heavy_tails_leave_little_padding(mean, rows, microbatches, most):
+    """Geometric lengths with a mean of an eighth of the longest; work of the benchmarks' model."""
+    drawn = np.minimum(np.random.default_rng(0).geometric(1 / mean, rows), 512)
+    train = TrainConfig(length_buckets=6, microbatches=microbatches)
+    pieces = batching.cut(np.full(rows // 8, 8), 1, np.random.default_rng(0))
+    cut = packing.pack_step(pieces, train, np.arange(512) < drawn[:, None], np.zeros(rows), np.ones(rows, bool))
+    share = packing.padding(cut, train, drawn, np.full(rows, 64), 512, 64).share(6.3e6, 4096.0)
+    padded = packing.padding(pieces, train, drawn, np.full(rows, 64), 512, 64).share(6.3e6, 4096.0)
+    assert share <= most and padded > 0.8
+
+
+def test_a_run_with_buckets_is_the_run_without(configure, launch):
+    runs = {}
+    for buckets in ("null", "2"):
+        config = configure("run.steps=2", f"train.length_buckets={buckets}", output=buckets)
+        trainer = launch(config)
+        records = []
+        assert trainer.run(records.append)
+        runs[buckets] = records, jax.tree.leaves(trainer.state.learner.model)
+    for a, b in zip(runs["2"][0], runs["null"][0], strict=True):
+        assert a["response_length"] == b["response_length"] and a["unexpected_compiles"] == 0
+        np.testing.assert_allclose([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-4, atol=1e-6)
+        assert 0 <= a["train_padding"] < 1 and a["train_padding"] != b["train_padding"]
+    for a, b in zip(runs["2"][1], runs["null"][1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
