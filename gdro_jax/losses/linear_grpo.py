@@ -78,10 +78,14 @@ def loss_sums(
     row_weight = jax.lax.stop_gradient(jnp.asarray(row_weights, jnp.float32))
     active = jnp.asarray(mask, bool) & (row_weight != 0)[:, None]
     hidden, targets = jnp.asarray(hidden), jnp.asarray(targets)
-    if places is None:
-        flat, take, put = hidden.reshape(-1, hidden.shape[-1]), jnp.ravel, lambda x: x.reshape(shape)
-    else:
-        flat, take, put = hidden, places.take, places.put
+    flat = hidden.reshape(-1, hidden.shape[-1])
+
+    def take(x: Array) -> Array:
+        return x.reshape(-1) if places is None else places.take(x)
+
+    def put(x: Array) -> Array:
+        return x.reshape(shape) if places is None else places.put(x)
+
     head = (flat, weight, take(targets))
 
     def sums_of(logprobs: Array, old: ArrayLike, entropy: Array) -> LossSums:

@@ -149,8 +149,8 @@ def _window(cut: Packed, number: jax.Array, shape: Sizes) -> _Window:
         for x in (cut.rows, cut.local_index)
     )
     ends = (cut.piece_groups[number], cut.piece_groups[number + 1])
-    bounds = (jnp.asarray(x) - first for x in (cut.group_first, cut.group_last))
-    groups = ragged.Groups(*bounds, jnp.asarray(cut.group_size), *ends)
+    start, stop = jnp.asarray(cut.group_first) - first, jnp.asarray(cut.group_last) - first
+    groups = ragged.Groups(start, stop, jnp.asarray(cut.group_size), *ends)
     return _Window(rows, prompts, jnp.arange(shape.rows) < cut.piece_rows[number + 1] - first, groups)
 
 
