@@ -194,6 +194,14 @@ def test_heavy_tails_leave_little_padding(mean, rows, microbatches, most):
     assert share <= most and padded > 0.8
 
 
+def test_a_run_takes_buckets(configure, launch):
+    trainer = launch(configure("run.steps=1", "train.length_buckets=2"))
+    records = []
+    assert trainer.run(records.append) and len(records) == 1
+    assert np.isfinite(records[0]["loss"]) and records[0]["grad_norm"] > 0 and 0 <= records[0]["train_padding"] < 1
+
+
+@pytest.mark.slow
 def test_a_run_with_buckets_is_the_run_without(configure, launch):
     runs = {}
     for buckets in ("null", "2"):
