@@ -109,9 +109,19 @@ def softmax(logits: Array, target: Array) -> Softmax:
 
 def head_gradients(slope: Array, hidden: Array, weight: Array) -> tuple[Array, Array]:
     """Gradients of hidden [n, D] and float32[V, D] of the head from those of the logits before the temperature."""
-    slope = slope.astype(weight.dtype)
-    dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
-    return dot(slope, weight).astype(hidden.dtype), dot(slope.T, hidden.astype(weight.dtype))
+    return hidden_gradient(slope, hidden, weight), weight_gradient(slope, hidden, weight)
+
+
+def hidden_gradient(slope: Array, hidden: Array, weight: Array) -> Array:
+    """The first of `head_gradients`."""
+    product = jnp.matmul(slope.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+    return product.astype(hidden.dtype)
+
+
+def weight_gradient(slope: Array, hidden: Array, weight: Array) -> Array:
+    """The second of `head_gradients`."""
+    slope, hidden = slope.astype(weight.dtype), hidden.astype(weight.dtype)
+    return jnp.matmul(slope.T, hidden, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gdro_jax.losses.linear_logprob import checked, chunk_rows, head_gradients, head_logits, softmax
+from gdro_jax.losses.linear_logprob import checked, chunk_rows, head_logits, hidden_gradient, softmax, weight_gradient
 
 LossFn = Callable[..., Array]
 
@@ -88,21 +88,27 @@ def token_loss(
 def _token_loss(
     static: _Static, hidden: Array, weight: Array, targets: Array, active: Array, args: tuple[Array, ...]
 ) -> tuple[Array, Array, Array]:
-    return _run(static, hidden, weight, targets, active, args, gradients=False)[:3]
+    return _run(static, hidden, weight, targets, active, args, (False, False))[:3]
 
 
-def _forward(
-    static: _Static, hidden: Array, weight: Array, targets: Array, active: Array, args: tuple[Array, ...]
-) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
-    out = _run(static, hidden, weight, targets, active, args, gradients=True)
-    return (out.loss, out.logprobs, out.entropy), (out.hidden_bar, out.weight_bar.astype(weight.dtype))
+def _forward(static: _Static, *given: Any) -> tuple[tuple[Array, Array, Array], tuple[Array | None, Array | None]]:
+    """A head that is not trained, as under adapters, gets no gradient and costs no product for one."""
+    wanted = (given[0].perturbed, given[1].perturbed)
+    hidden, weight, targets, active, args = jax.tree.map(
+        lambda x: x.value, given, is_leaf=lambda x: hasattr(x, "perturbed")
+    )
+    out = _run(static, hidden, weight, targets, active, args, wanted)
+    weight_bar = out.weight_bar.astype(weight.dtype) if wanted[1] else None
+    return (out.loss, out.logprobs, out.entropy), (out.hidden_bar, weight_bar)
 
 
-def _backward(static: _Static, saved: tuple[Array, Array], bars: tuple[Array, Array, Array]) -> tuple:
-    return *(x * bars[0].astype(x.dtype) for x in saved), None, None, None
+def _backward(static: _Static, saved: tuple[Array | None, Array | None], bars: tuple[Any, Any, Any]) -> tuple:
+    if not isinstance(bars[0], jax.Array):  # a symbolic zero: nothing hangs on the loss
+        return None, None, None, None, None
+    return *(None if x is None else x * bars[0].astype(x.dtype) for x in saved), None, None, None
 
 
-_token_loss.defvjp(_forward, _backward)
+_token_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run(
@@ -112,8 +118,7 @@ def _run(
     targets: Array,
     active: Array,
     args: tuple[Array, ...],
-    *,
-    gradients: bool,
+    wanted: tuple[bool, bool],
 ) -> _Sums:
     """All chunks that hold an active token, active tokens first; results in the order of the arguments."""
     rows, size = hidden.shape[0], min(static.chunk, hidden.shape[0])
@@ -128,13 +133,13 @@ def _run(
         zeros(()),
         zeros(padded),
         zeros(padded),
-        jnp.zeros((padded, hidden.shape[1]), hidden.dtype) if gradients else None,
-        zeros(weight.shape) if gradients else None,
+        jnp.zeros((padded, hidden.shape[1]), hidden.dtype) if wanted[0] else None,
+        zeros(weight.shape) if wanted[1] else None,
     )
 
     def step(number: Array, sums: _Sums) -> _Sums:
         start = number * size
-        part = _chunk(static, weight, *(jax.lax.dynamic_slice_in_dim(c, start, size) for c in columns), gradients)
+        part = _chunk(static, weight, *(jax.lax.dynamic_slice_in_dim(c, start, size) for c in columns), wanted)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         hidden_bar = None if part.hidden_bar is None else put(sums.hidden_bar, part.hidden_bar)
         weight_bar = None if part.weight_bar is None else part.weight_bar + sums.weight_bar
@@ -150,19 +155,23 @@ def _run(
     return sums._replace(logprobs=sums.logprobs[back], entropy=sums.entropy[back], hidden_bar=hidden_bar)
 
 
-def _chunk(static: _Static, weight: Array, h: Array, target: Array, live: Array, *rest: Array | bool) -> _Sums:
-    """One chunk: h [n, D], target and live [n]; `rest` are the slices of args, and last whether gradients are made."""
-    *args, gradients = rest
+def _chunk(static: _Static, weight: Array, h: Array, target: Array, live: Array, *rest: Any) -> _Sums:
+    """One chunk: h [n, D], target and live [n]; `rest` are the slices of args, and last which gradients are made."""
+    *args, wanted = rest
     out = softmax(head_logits(h, weight, static.temperature), target)
     logprob, entropy = (jnp.where(live, x, 0.0) for x in (out.logprob, out.entropy))
 
     def objective(logprob: Array) -> Array:
         return jnp.where(live, static.loss_fn(logprob, *args), 0.0).sum()
 
-    if not gradients:
+    if not any(wanted):
         return _Sums(objective(logprob), logprob, entropy, None, None)
     loss, g = jax.value_and_grad(objective)(logprob)
     g = g / static.temperature
     hot = jnp.arange(weight.shape[0]) == target[:, None]
     slope = jnp.where(hot, g[:, None], 0) - (g / out.total)[:, None] * out.exps
-    return _Sums(loss, logprob, entropy, *head_gradients(slope, h, weight))
+    hidden_bar, weight_bar = (
+        gradient(slope, h, weight) if want else None
+        for gradient, want in zip((hidden_gradient, weight_gradient), wanted, strict=True)
+    )
+    return _Sums(loss, logprob, entropy, hidden_bar, weight_bar)
