@@ -6,6 +6,7 @@ again goes on); 1 a fault, in one line where that says it all (the verifier fail
 
 import argparse
 import dataclasses
+import errno
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # their text says it all
 _UNUSED = {  # sections and fields that a command does not look at: giving one is an error
     "train": ("compare",),
     "compare": ("run.seed", "run.output", "controller.name"),
@@ -64,10 +66,10 @@ class _Stop:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before anything imports it
     parser = _parser()
     words, overrides = _overrides(parser, sys.argv[1:] if arguments is None else arguments)
     known = parser.parse_args(words)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gdro_jax import commands, eval_commands
     from gdro_jax.training.config_io import load
 
@@ -94,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = [name for name in (known.benchmarks or "").split(",") if name]
             if (known.problems is None) == (not names):
                 parser.error("eval: either a file of problems or --benchmarks is needed")
+            if known.benchmark_folder is not None and not names:
+                parser.error("eval: --benchmark-folder does nothing without --benchmarks")
             asked = (known.problems, names, known.benchmark_folder, known.out)
             stop = _Stop("stopping after this batch of problems" + ", kept" * (known.out is not None))
             return DONE if eval_commands.evaluate(known.model, *asked, config, stop) else STOPPED
@@ -102,6 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (*commands.BAD_INPUT_ERRORS, *commands.FAULTS) as error:
         sys.stderr.write(f"gdro {known.command}: {' '.join(str(error).split())}\n")
         return FAULT if isinstance(error, commands.FAULTS) else BAD_INPUT
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"gdro {known.command}: {where}{error.strerror}\n")
+        return FAULT
 
 
 def _unused(command: str, name: str) -> bool:

@@ -109,7 +109,11 @@ def compare_evals(folders: Sequence[str], out: str | None) -> None:
     found = compare.compare([pathlib.Path(folder) for folder in folders])
     print(compare.format_comparison(found, pathlib.Path(folders[0])))
     if out is not None:
-        pathlib.Path(out).write_text(json.dumps({"baseline": folders[0], "against_it": found}, indent=2) + "\n")
+        try:
+            pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
+            pathlib.Path(out).write_text(json.dumps({"baseline": folders[0], "against_it": found}, indent=2) + "\n")
+        except OSError as error:
+            raise setup.InputError(f"--out={out!r}: not a file that can be written ({error.strerror})") from None
 
 
 # Parts of evaluate --------------------------------------------------------------------------------------------------

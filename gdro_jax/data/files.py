@@ -61,7 +61,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, object] | Bad]
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise DataError(f"{path}: parquet needs pyarrow; install gdro-jax[parquet]") from None
+        raise DataError(f"{path}: parquet needs pyarrow, which is not installed") from None
     try:
         yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
     except (ArrowException, OSError) as error:

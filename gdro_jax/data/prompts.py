@@ -144,7 +144,7 @@ def prepare(
             if on_overlong == "refuse":
                 raise DataError(
                     f"problem {problem.id}: its prompt has {len(ids)} tokens, more than the {max_tokens} allowed; "
-                    "raise the limit, or drop such prompts with on_overlong='drop'"
+                    "raise the limit, or drop such prompts (data.overlong=drop)"
                 )
             dropped.append(problem)
             continue

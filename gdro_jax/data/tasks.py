@@ -71,15 +71,18 @@ def parse(text: str) -> tuple[Problem, ...]:
     for item in filter(None, text.removeprefix(PREFIX).split(",")):
         try:
             if item.startswith("seed="):
-                seed = int(item.removeprefix("seed="))
+                seed = _whole("seed", item.removeprefix("seed="), least=0)
                 continue
             rest, _, count = item.partition("*")
             name, _, levels = rest.partition("@")
             first, _, last = levels.partition("-")
             family = _family(name)
-            low = int(first) if first else 1
-            high = int(last) if last else low if first else len(family.levels)
-            strata += [(name, level, int(count) if count else DEFAULT_COUNT) for level in range(low, high + 1)]
+            low = _whole("level", first) if first else 1
+            high = _whole("level", last) if last else low if first else len(family.levels)
+            if high < low:
+                raise ValueError(f"levels {low}-{high} are none; the lower one is given first")
+            number = _whole("count", count) if count else DEFAULT_COUNT
+            strata += [(name, level, number) for level in range(low, high + 1)]
         except ValueError as error:
             raise DataError(f"{text}: {item!r}: {error}; FAMILY@LEVEL-LEVEL*COUNT is needed") from None
     try:
@@ -89,6 +92,12 @@ def parse(text: str) -> tuple[Problem, ...]:
     if not problems:
         raise DataError(f"{text}: names no task; it must name some of {', '.join(FAMILIES)}")
     return problems
+
+
+def _whole(what: str, text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{what} {text!r} is not allowed; it must be a whole number of at least {least}")
+    return int(text)
 
 
 def _family(name: str) -> Family:

@@ -68,8 +68,7 @@ def format_comparison(comparison: Comparison, baseline: pathlib.Path) -> str:
 def _check_alike(
     first: pathlib.Path, wanted: dict[str, object], folder: pathlib.Path, found: dict[str, object]
 ) -> None:
-    keys = sorted({*wanted, *found} - set(store.MODEL_SETTINGS))
-    unlike = [key for key in keys if wanted.get(key) != found.get(key)]
+    unlike = [name for name, *_ in store.differences(wanted, found) if name not in store.MODEL_SETTINGS]
     if unlike:
         raise store.StoreError(
             f"{folder}: its {', '.join(unlike)} differ from those of {first}; only evaluations of the same problems "

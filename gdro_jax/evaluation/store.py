@@ -41,18 +41,30 @@ def begin(
     file, wanted = folder / SETTINGS, json.loads(json.dumps(settings))
     if file.is_file():
         found = _object(file)
-        unlike = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        unlike = differences(found, wanted)
         if unlike:
-            first = unlike[0]
+            first, before, now = unlike[0]
             raise StoreError(
-                f"{folder}: was begun with another {', '.join(unlike)} ({first}: {_short(found.get(first))}, "
-                f"now {_short(wanted.get(first))}); choose another folder"
+                f"{folder}: was begun with another {', '.join(name for name, *_ in unlike)} ({first}: {_short(before)}, "
+                f"now {_short(now)}); choose another folder"
             )
         return
     for name, (problems, private) in sets.items():
         rows = [dataclasses.asdict(problem) for problem in problems]
         write_rows(folder / f"{name}.problems.jsonl", [row | {"prompt": None} if private else row for row in rows])
     _replace(file, json.dumps(wanted, indent=2) + "\n")
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], within: str = "") -> list[tuple[str, Any, Any]]:
+    """What two nested objects have unlike: where, as `sets.aime24.verifier`, and both values, None for a missing one."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted({*a, *b}):
+        one, other = a.get(key), b.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other, f"{within}{key}.")
+        elif one != other:
+            found.append((f"{within}{key}", one, other))
+    return found
 
 
 def resume(folder: pathlib.Path, name: str, samples: int) -> list[Graded]:

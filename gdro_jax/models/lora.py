@@ -48,7 +48,14 @@ def targets(text: str) -> tuple[str, ...]:
 
 
 def adapter_specs(config: Qwen3Config, rank: int, names: tuple[str, ...]) -> dict[str, ParamSpec]:
-    """Shape, axes and initialiser of every factor; A is normal of variance 1 / in, B zero."""
+    """Shape, axes and initialiser of every factor; A is normal of variance 1 / in, B zero.
+
+    Raises:
+      ValueError: a rank above what a matrix can have.
+    """
+    most = min(min(param_specs(config)[name].shape) for name in names)
+    if rank > most:
+        raise ValueError(f"lora_rank={rank}: must be at most {most}, the smaller side of the smallest matrix adapted")
     specs: dict[str, ParamSpec] = {}
     for name in names:
         spec = param_specs(config)[name]

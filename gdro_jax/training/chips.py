@@ -49,7 +49,7 @@ def device(topology: str | None) -> jax.Device:
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"--topology={topology}: {reason} (it is a name such as v5e:2x2, and needs pip install 'gdro-jax[tpu]')"
+            f"--topology={topology}: {reason} (it is a name such as v5e:2x2, and needs libtpu: pip install -e '.[tpu]')"
         ) from None
 
 

@@ -52,10 +52,9 @@ def checked(name: str, split: str, config: Config, grader: rewards.Verifier) -> 
     Raises:
       DataError: a row that cannot be used or a gold answer that cannot be graded, where the configuration refuses it.
     """
-    if name.startswith(tasks.PREFIX):
-        return tasks.parse(name), []
-    if name == "embedded":
-        return procedural.embedded(split), []
+    if name.startswith(tasks.PREFIX) or name == "embedded":
+        made = procedural.embedded(split) if name == "embedded" else tasks.parse(name)
+        return made, _tried(grader, config.data.verifier, made)
     source = sources.load(
         name,
         prompt_column=config.data.prompt_column,
@@ -63,7 +62,8 @@ def checked(name: str, split: str, config: Config, grader: rewards.Verifier) -> 
         stratum_column=config.data.stratum_column,
         on_bad_row=config.data.on_bad_row,
     )
-    return _with_usable_answers(name, source, config.data.gold_check, grader)
+    problems, notes = _with_usable_answers(name, source, config.data.gold_check, grader)
+    return problems, [*notes, *_tried(grader, config.data.verifier, problems)]
 
 
 def ready(
@@ -90,6 +90,18 @@ def verifier(config: Config, name: str | None = None) -> rewards.Verifier:
     """The run's verifier, or the one of that name with the run's settings; to be closed after use."""
     data = config.data
     return rewards.make(name or data.verifier, workers=data.verifier_workers, timeout=data.verifier_timeout)
+
+
+def _tried(grader: rewards.Verifier, name: str, problems: Sequence[Problem]) -> list[str]:
+    """A user's verifier is called once: one that cannot be imported is refused, one that gives no verdict is noted."""
+    if ":" not in name:
+        return []
+    try:
+        grades = grader.grade([problems[0].answer], [problems[0].answer])
+    except rewards.VerifierError as error:
+        raise DataError(f"data.verifier={name!r}: {error}") from None
+    why = [f"{reason}" for reason in grades.failures]
+    return [f"data.verifier={name}: no verdict on the first gold answer given as the response ({why[0]})"] if why else []
 
 
 def _with_usable_answers(

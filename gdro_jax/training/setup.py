@@ -86,6 +86,11 @@ def load_policy(config: ModelConfig) -> Policy:
     tokens_at = tokenizer_folder(config)
     if not (tokens_at / "tokenizer.json").is_file():  # before the weights are read
         raise InputError(f"model.tokenizer: {tokens_at} holds no tokenizer.json")
+    if config.lora_rank is not None:
+        try:
+            lora.adapter_specs(architecture(config), config.lora_rank, lora.targets(config.lora_targets))
+        except ValueError as error:
+            raise InputError(f"model.{error}") from None
     held = config.param_dtype if config.lora_rank is None else config.dtype  # what is frozen need not be finer
     if config.random_init is None:
         model = hf.load(folder, dtype=held)
