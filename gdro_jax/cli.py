@@ -23,7 +23,7 @@ _UNUSED = {  # sections and fields that a command does not look at: giving one i
         *("controller.settings", "data.contamination", "data.benchmarks"),
     ),
     "eval": (
-        *("controller", "train", "compare", "reward", "model.path", "model.param_dtype", "model.remat"),
+        *("controller", "train", "mesh", "compare", "reward", "model.path", "model.param_dtype", "model.remat"),
         *(f"model.lora_{n}" for n in ("rank", "alpha", "targets")),
         *(f"run.{n}" for n in ("output", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "save_model")),
         *(f"data.{n}" for n in ("train", "mixture", "loader", "contamination", "benchmarks")),
@@ -86,23 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, _ in overrides:
             if _unused(known.command, name):
                 parser.error(f"--{name} does nothing in gdro {known.command}")
+        if known.command in ("train", "compare"):
+            return _train(parser, known, overrides)
         config = load(known.config, overrides)
         if known.command == "regrade":
             eval_commands.regrade(known.folder, config)
             return DONE
         if known.command == "plan":
             return DONE if commands.plan(config, known.topology) else FAULT
-        if known.command == "eval":
-            names = [name for name in (known.benchmarks or "").split(",") if name]
-            if (known.problems is None) == (not names):
-                parser.error("eval: either a file of problems or --benchmarks is needed")
-            if known.benchmark_folder is not None and not names:
-                parser.error("eval: --benchmark-folder does nothing without --benchmarks")
-            asked = (known.problems, names, known.benchmark_folder, known.out)
-            stop = _Stop("stopping after this batch of problems" + ", kept" * (known.out is not None))
-            return DONE if eval_commands.evaluate(known.model, *asked, config, stop) else STOPPED
-        run = commands.train if known.command == "train" else commands.compare
-        return DONE if run(config, _Stop()) else STOPPED
+        names = [name for name in (known.benchmarks or "").split(",") if name]
+        if (known.problems is None) == (not names):
+            parser.error("eval: either a file of problems or --benchmarks is needed")
+        if known.benchmark_folder is not None and not names:
+            parser.error("eval: --benchmark-folder does nothing without --benchmarks")
+        asked = (known.problems, names, known.benchmark_folder, known.out)
+        stop = _Stop("stopping after this batch of problems" + ", kept" * (known.out is not None))
+        return DONE if eval_commands.evaluate(known.model, *asked, config, stop) else STOPPED
     except (*commands.BAD_INPUT_ERRORS, *commands.FAULTS) as error:
         sys.stderr.write(f"gdro {known.command}: {' '.join(str(error).split())}\n")
         return FAULT if isinstance(error, commands.FAULTS) else BAD_INPUT
@@ -112,6 +111,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"gdro {known.command}: {where}{error.strerror}\n")
         return FAULT
+
+
+def _train(parser: argparse.ArgumentParser, known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    """`train` or `compare`, as one of several processes where flags or environment say so."""
+    from gdro_jax import commands
+    from gdro_jax.training import config_io, processes
+
+    try:
+        job = processes.job(known.coordinator, known.num_processes, known.process_id, os.environ)
+    except ValueError as error:
+        parser.error(f"{known.command}: {error}")
+    with processes.Membership(job, ends_alike=commands.BAD_INPUT_ERRORS):
+        config = processes.together(lambda: config_io.load(known.config, overrides))
+        run = commands.train if known.command == "train" else commands.compare
+        done = run(config, _Stop())
+        processes.gathered(None)  # none leaves before process 0 has written its report
+        return DONE if done else STOPPED
 
 
 def _unused(command: str, name: str) -> bool:
@@ -127,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     texts = {
         "train": "one run; give the same command again to resume it",
         "compare": "several methods on the same prompts, budget and seeds, with a table and a report",
-        "plan": "what a training step needs, before anything runs: shapes, memory, arithmetic; exit code 1: too large",
+        "plan": "what a training step needs on its mesh, before anything runs; exit code 1: too large",
         "eval": "mean@k, pass@k and maj@k of a model on problems or benchmarks, by level and subject, with intervals",
         "regrade": "grade the responses that gdro eval kept again",
         "compare-evals": "paired differences between evaluations that gdro eval kept",
@@ -171,10 +187,17 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             sub.add_argument("config", nargs="?", metavar="CONFIG", help="YAML with any of the sections below")
             sub.add_argument(
-                "--topology", metavar="NAME", help="compile for a chip of v5e:8x8, say; needs libtpu, no TPU"
+                "--topology", metavar="NAME", help="compile for the slice v5e:8x8, say; needs libtpu, no TPU"
             )
             continue
         sub.add_argument("--config", metavar="FILE", help="YAML with any of the sections below")
+        if name in ("train", "compare"):
+            job = sub.add_argument_group("one of several processes, each given the same command but for its number")
+            job.add_argument(
+                "--coordinator", metavar="HOST:PORT", help="where process 0 is; auto on Cloud TPU, Slurm, Open MPI, GKE"
+            )
+            job.add_argument("--num-processes", type=int, metavar="N")
+            job.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
     return parser
 
 

@@ -13,7 +13,7 @@ from gdro_jax.data import sources
 from gdro_jax.evaluation import store
 from gdro_jax.models.hf import CheckpointError
 from gdro_jax.sampling import ServerError
-from gdro_jax.training import chips, config_io, inputs, run_folder, setup
+from gdro_jax.training import chips, config_io, inputs, processes, run_folder, setup
 from gdro_jax.training import export as exporting
 from gdro_jax.training import plan as planning
 from gdro_jax.training.compiles import CompileCounter
@@ -29,6 +29,7 @@ BAD_INPUT_ERRORS = (
     store.StoreError,
     reports.RunError,
     CheckpointError,
+    processes.JobError,
 )
 """Errors that mean bad input: one clear line, exit code 2."""
 FAULTS = (
@@ -42,35 +43,63 @@ FAULTS = (
 
 
 def train(config: Config, stop: Callable[[], bool]) -> bool:
-    """One run, its report at the end; False when it was stopped before its last step."""
-    parts = setup.assemble(config)
+    """One run, its report at the end; False when it was stopped before its last step.
+
+    Of several processes all call this with the same configuration.
+    """
+    _agree(config)
+    parts = processes.together(lambda: setup.assemble(config))
     done = _run(config, parts, stop, config.controller.name)
-    if done:
+    if done and processes.is_first():
         print(reports.write(config.run.output))
     return done
 
 
 def compare(config: Config, stop: Callable[[], bool]) -> bool:
     """Every method with every seed, then the table and the report; runs already finished are not repeated."""
+    _agree(config)
     runs = comparison(config)
-    policies = {model: setup.load_policy(model) for model in {run.model for run in runs.values()}}
-    data = inputs.load(config)  # the same for all
-    parts = {
-        label: setup.assemble(run, policies[run.model], data) for label, run in runs.items()
-    }  # mistakes come first
+    parts = processes.together(lambda: _parts(config, runs))  # mistakes come first
+    folder = processes.on_first(lambda: _listed(config, runs))
+    stop = processes.agreed(stop)
+    for label, run in runs.items():
+        if stop() or not _run(run, parts[label], stop, label):
+            return False
+    if folder is not None:
+        page = reports.write(folder)
+        print(reports.format_table(reports.read_comparison(folder)))
+        print(page)
+    return True
+
+
+def _parts(config: Config, runs: dict[str, Config]) -> dict[str, setup.Setup]:
+    """The parts of all runs, which share models and data; every input problem is found here."""
+    where = setup.layout(config)
+    policies = {model: setup.load_policy(model, where) for model in {run.model for run in runs.values()}}
+    data = inputs.load(config)
+    parts = {label: setup.assemble(run, policies[run.model], data) for label, run in runs.items()}
     for run in runs.values():
         run_folder.check(run)
+    return parts
+
+
+def _listed(config: Config, runs: dict[str, Config]) -> pathlib.Path:
+    """The comparison's folder, with the list of its runs in it."""
     folder = setup.claim_folder(config.compare.output, "compare.output")
     labels = {label: {"method": label.rsplit("-seed", 1)[0], "seed": run.run.seed} for label, run in runs.items()}
     listing = {"methods": list(config.compare.methods), "seeds": list(config.compare.seeds), "runs": labels}
     (folder / "compare.yaml").write_text(yaml.safe_dump(listing, sort_keys=False))
-    for label, run in runs.items():
-        if stop() or not _run(run, parts[label], stop, label):
-            return False
-    page = reports.write(folder)
-    print(reports.format_table(reports.read_comparison(folder)))
-    print(page)
-    return True
+    return folder
+
+
+def _agree(config: Config) -> None:
+    """Refuses processes of other versions or configurations."""
+    fields = {
+        f"{section}.{name}": value
+        for section, values in config_io.to_dict(config).items()
+        for name, value in values.items()
+    }
+    processes.agree(processes.versions() | fields)
 
 
 def comparison(config: Config) -> dict[str, Config]:
@@ -125,15 +154,16 @@ def _changes(method: str, changes: object) -> dict:
 
 
 def plan(config: Config, topology: str | None) -> bool:
-    """Prints what a step needs on the first device here, or on a chip of a TPU topology; whether it fits."""
+    """Prints what a step needs on the configuration's mesh over the devices here or of a TPU slice; whether it fits."""
     try:
-        device = chips.device(topology)
+        devices = chips.devices(topology)
     except ValueError as error:
         raise setup.InputError(str(error)) from None
+    layout = setup.layout(config, None if topology is None else devices)
     architecture = setup.architecture(config.model)
-    shape = planning.shapes(config, setup.longest_prompt(config))
-    compiled, chip = planning.compile_step(config, architecture, shape, device), chips.chip(device)
-    print(planning.text(config, architecture, shape, compiled, chip))
+    shape = planning.shapes(config, setup.longest_prompt(config), layout)
+    compiled, chip = planning.compile_step(config, architecture, shape, devices[0], layout), chips.chip(devices[0])
+    print(planning.text(config, architecture, shape, compiled, chip, layout))
     return planning.fits(compiled, chip)
 
 
@@ -152,9 +182,12 @@ def report(folders: list[str], out: str | None) -> int:
 
 
 def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: str) -> bool:
+    processes.agree({f"problems of data.train={config.data.train}": parts.train.fingerprint})
     with CompileCounter() as compiles, inputs.verifier(config) as verifier:
         trainer = Trainer(config, parts, verifier, compiles)
         try:
+            if not processes.is_first():
+                return trainer.run(lambda record: None, stop)
             for note in parts.notes:
                 sys.stderr.write(f"{label}  {note}\n")
             progress = Progress(label, config.run.steps, trainer.step, config.run.log_every)

@@ -55,7 +55,10 @@ BAD = {
         "min_rollouts",
     ),
     "more prompts than problems": (
-        ["train", MODEL, "--data.train={problems}", "--train.prompts_per_step=7", "--controller.mean_rollouts=1"],
+        [
+            *("train", MODEL, "--data.train={problems}", "--train.prompts_per_step=7", "--controller.mean_rollouts=1"),
+            "--mesh.data=1",
+        ],
         "train.prompts_per_step=7: only 6 problems",
     ),
     "a row without an answer": (["train", MODEL, "--data.train={holes}"], "holes.jsonl, line 3: column 'answer'"),
@@ -385,6 +388,7 @@ def test_compare(tmp_path, tiny_folder, problems, capsys):
                 "eval": {"data": str(problems), "samples": 2, "k": 2},
                 "sampling": {"max_new_tokens": 2},
                 "train": {"prompts_per_step": 3},
+                "mesh": {"data": 1},
                 "run": {"steps": 2, "save_model": False},
             },
             sort_keys=False,

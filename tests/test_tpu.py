@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -168,21 +167,12 @@ def test_a_bad_field_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert re.fullmatch(r"host.py: .*'sede'; did you mean 'seed'\?\n", capsys.readouterr().err)
 
 
-def test_a_job_of_two_processes_is_refused_by_both() -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, ROOT / "tpu" / "host.py", "--coordinator", address, "--num-processes", "2"]
-    both = [
-        subprocess.Popen(
-            [*command, "--process-id", str(i)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )
-        for i in range(2)
+def test_hosts_join_one_job_which_is_found_out_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr("gdro_jax.cli.main", lambda words: given.append(words) or 0)
+    assert host.main(["--config", "c.yaml", "--run.seed=10"]) == 0
+    assert host.main(["--coordinator", "h:1", "--num-processes", "2", "--process-id", "1"]) == 0
+    assert given == [
+        ["train", "--config", "c.yaml", "--run.seed=10", "--coordinator=auto"],
+        ["train", "--coordinator=h:1", "--num-processes=2", "--process-id=1"],
     ]
-    for process in both:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 2
-        assert "this job has 2 processes and the trainer works in one so far" in error

@@ -2,9 +2,9 @@
 
     python tpu/host.py [--config FILE] [--each-host-seed] [--section.field=VALUE ...]
 
-Without `--each-host-seed` the hosts join one job (`jax.distributed.initialize`). The trainer has a single process so
-far: a job of several hosts is refused (exit code 2), one host trains. With it, hosts do not join: each trains on its
-own with seed run.seed + its number, into run.output + "-seedN", on one chip.
+Without `--each-host-seed` the hosts join one job, `gdro train --coordinator auto`: one run over all chips of the slice,
+whose folder all hosts share. With it, hosts do not join: each trains on its own with seed run.seed + its number, into
+run.output + "-seedN", on one chip.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config")
     parser.add_argument("--each-host-seed", action="store_true")
     job = parser.add_argument_group("the job, where jax cannot find it out by itself (not on Cloud TPU)")
-    job.add_argument("--coordinator", help="ADDRESS:PORT of process 0")
+    job.add_argument("--coordinator", default="auto", help="HOST:PORT of process 0")
     job.add_argument("--num-processes", type=int)
     job.add_argument("--process-id", type=int)
     known, fields = parser.parse_known_args(arguments)
@@ -33,23 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = known.process_id if known.process_id is not None else worker_number(os.environ)
         use_one_chip(os.environ)
         return train_own(command, known.config, fields, number)
-    return train_joined(command, known.coordinator, known.num_processes, known.process_id)
-
-
-def train_joined(command: list[str], coordinator: str | None, processes: int | None, number: int | None) -> int:
-    """Joins the slice's job and trains where that job has one process."""
-    import jax
-
-    jax.distributed.initialize(coordinator, processes, number)
-    if jax.process_count() > 1:
-        sys.stderr.write(
-            f"host.py: this job has {jax.process_count()} processes and the trainer works in one so far; "
-            "take a slice of one host, or --each-host-seed for one independent run per host\n"
-        )
-        return BAD_INPUT
     from gdro_jax.cli import main as gdro
 
-    return gdro(command)
+    joined = {"coordinator": known.coordinator, "num-processes": known.num_processes, "process-id": known.process_id}
+    return gdro([*command, *[f"--{name}={value}" for name, value in joined.items() if value is not None]])
 
 
 def train_own(command: list[str], config: str | None, fields: Sequence[str], number: int) -> int:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from gdro_jax.data.prompts import Prompts
-from gdro_jax.rewards import Verifier
+from gdro_jax.rewards import Grading
 from gdro_jax.sampling import Rollouts, Sampler
 
 
@@ -53,7 +53,7 @@ def responses(
     sampler: Sampler,
     prompts: Prompts,
     tokenizer,
-    verifier: Verifier,
+    verifier: Grading,
     key: jax.Array,
     samples: int,
     prompt_length: int,

@@ -122,25 +122,23 @@ def _where(real: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _splash(seen: jax.Array, interpret: bool) -> Attend:
-    """On a mesh (`jax.set_mesh`, or inside `jax.shard_map`) every device attends its own sequences and heads."""
+    """On a mesh (`jax.set_mesh`, or inside `jax.shard_map`) every device attends its own heads.
+
+    Sequences of several devices come through `jax.vmap` with `spmd_axis_name`, whose axes are taken before these.
+    """
 
     def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
-        free = [n for n in mesh.axis_names if n not in mesh.manual_axes]  # a kernel is split along none by itself
+        free = set(mesh.axis_names) - set(mesh.manual_axes)  # a kernel is split along none by itself
         if not free:
             return _splash_local(q, k, v, seen, interpret)
-        heads = [n for n in free if n == TENSOR_AXIS and k.shape[2] % mesh.shape[n] == 0]
-        rows: list[str] = []
-        left = len(q)
-        for name in free:
-            if name != TENSOR_AXIS and left % mesh.shape[name] == 0:
-                rows, left = [*rows, name], left // mesh.shape[name]
-        spec = jax.P(tuple(rows) or None, None, tuple(heads) or None, None)
+        heads = TENSOR_AXIS if TENSOR_AXIS in free and k.shape[2] % mesh.shape[TENSOR_AXIS] == 0 else None
+        spec = jax.P(None, None, heads, None)
         return jax.shard_map(
             functools.partial(_splash_local, interpret=interpret),
-            in_specs=(spec, spec, spec, jax.P(tuple(rows) or None, None)),
+            in_specs=(spec, spec, spec, jax.P()),
             out_specs=spec,
-            axis_names=set(free),
+            axis_names=free,
             check_vma=False,
         )(q, k, v, seen)
 

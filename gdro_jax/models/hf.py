@@ -16,6 +16,7 @@ from contextlib import ExitStack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from gdro_jax.models import hub
@@ -106,7 +107,8 @@ def save(
     replaced as a whole, but only if it holds nothing that this function does not write.
 
     Args:
-      model: of any sharding, as long as this process can read all of it; adapters are merged.
+      model: of any sharding; adapters are merged. In a job of several processes all call this with the same, the
+        first one writes, and a model that lies over their devices is gathered a parameter at a time.
       path: the folder to make; its parents are made too.
       tokenizer_from: a folder whose tokenizer files and generation_config.json are copied.
       generation: entries of generation_config.json that replace the copied ones, such as `eos_token_id`.
@@ -119,6 +121,10 @@ def save(
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes={max_file_bytes}: must be at least 1")
     model = model if model.adapters() is None else working(model)
+    if jax.process_index() > 0:
+        for _ in _tensors(model):  # process 0 cannot gather them alone
+            pass
+        return
     target = pathlib.Path(path).resolve()
     _check_replaceable(target)
     extras = [] if tokenizer_from is None else _tokenizer_files(pathlib.Path(tokenizer_from))
@@ -232,7 +238,10 @@ def _save_tensors(model: Qwen3, folder: pathlib.Path, max_file_bytes: int) -> No
 def _tensors(model: Qwen3) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the checkpoint by name, one stacked parameter on the host at a time."""
     for name, spec in param_specs(model.config).items():
-        array = np.asarray(getattr(model, name)[...])
+        array = getattr(model, name)[...]
+        if not array.is_fully_addressable:
+            array = multihost_utils.process_allgather(array, tiled=True)
+        array = np.asarray(array)
         for layer in range(model.config.num_layers if spec.stacked else 1):
             own = array[layer] if spec.stacked else array
             yield spec.hf_name.format(layer=layer), np.ascontiguousarray(own.T if spec.transpose else own)

@@ -31,8 +31,8 @@ class UnscorableError(RuntimeError):
     """Too many responses could not be graded; its text is one line."""
 
 
-class Verifier(Protocol):
-    """Grades responses. ``close`` ends whatever the verifier started; leaving a ``with`` block does so too."""
+class Grading(Protocol):
+    """Grades responses."""
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Grades:
         """Grades of R responses against R gold answers; never raises for a bad response.
@@ -41,6 +41,10 @@ class Verifier(Protocol):
             ValueError: the two lengths differ.
         """
         ...
+
+
+class Verifier(Grading, Protocol):
+    """Grades responses. ``close`` ends whatever the verifier started; leaving a ``with`` block does so too."""
 
     def check(self, answers: Iterable[str]) -> dict[int, str]:
         """Rows of gold answers that no response could match, or that do not equal themselves, and why."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from gdro_jax.models import qwen3
 from gdro_jax.sampling import Engine
-from gdro_jax.training import setup, step
+from gdro_jax.training import mesh, setup, step
 
 TRIED_TOKENS = 64  # of each response, enough to pass through cache and positions
 
@@ -38,6 +38,7 @@ def measure(
     key: jax.Array,
     temperature: float,
     max_new_tokens: int,
+    layout: mesh.Layout = mesh.ONE_DEVICE,
     at_once: int = 16,
 ) -> Gap:
     """Samples responses and asks the trainer for the log-probs of the same tokens.
@@ -48,22 +49,29 @@ def measure(
       prompts, prompt_mask, index, identity, key: see `Engine.stream`; the shapes of a step compile nothing new.
       temperature: of both.
       max_new_tokens: of a response.
-      at_once: rows that the trainer runs in one piece.
+      layout: of the trainer.
+      at_once: rows that the trainer runs in one piece, or one on each shard of the layout where those are more.
     """
     limits = np.full(len(index), min(TRIED_TOKENS, max_new_tokens), np.int32)
     out = engine.rows(prompts, prompt_mask, index, identity, key, limits)
     length = int(limits[0])
-    forward = jax.jit(step.response_logprobs, static_argnames="temperature")
-    rows = np.arange(-(-len(index) // at_once) * at_once).reshape(-1, at_once) % len(index)
+    shards, each = layout.shards, max(1, at_once // layout.shards)
+    own = np.tile(np.arange(each, dtype=np.int32), (shards, 1))
+
+    @jax.jit
+    def forward(model: qwen3.Qwen3, rows: tuple[step.Array, ...]) -> jax.Array:
+        def one(part: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            return step.response_logprobs(model, *part, temperature)[0]
+
+        return layout.over_shards(one, rows)
+
+    rows = np.arange(-(-len(index) // own.size) * own.size).reshape(-1, shards, each) % len(index)
     gaps = np.zeros((len(index), length))
     for part in rows:
         tokens, mask = out.tokens[part, :length], out.mask[part, :length]
-        own = np.arange(at_once, dtype=np.int32)
-        logprobs, _ = forward(
-            model, prompts[index[part]], prompt_mask[index[part]], own, tokens, mask, temperature=temperature
-        )
-        difference = np.abs(np.asarray(logprobs) - out.policy_logprobs[part, :length])
-        gaps[part] = np.where(mask, difference, 0.0)
+        asked = layout.whole((prompts[index[part]], prompt_mask[index[part]], own, tokens, mask))
+        logprobs = np.asarray(layout.whole(forward(model, asked)))
+        gaps[part] = np.where(mask, np.abs(logprobs - out.policy_logprobs[part, :length]), 0.0)
     mask = out.mask[:, :length]
     return Gap(float(gaps[mask].mean()), float(gaps[mask].max()), int(mask.sum()))
 

@@ -69,14 +69,15 @@ def prompts_per_piece(num_prompts: int, total: int, pieces: int, most: int | Non
     """Prompts a piece has room for: enough whenever no prompt has more than `most` rollouts.
 
     In the balanced order the running sum of rollouts stays within the largest count of its mean course, so a window
-    of w rows meets at most (w + 3 n_max) / n_bar prompts. Where all have the mean, it is what a window can touch.
+    of w rows meets at most (w + 3 n_max) / n_bar prompts, and w of them. Where all have the mean, it is what a window
+    can touch.
     """
     mean, rows = total / num_prompts, total // pieces
     if pieces == 1:
         return num_prompts
     if most is not None and most == mean:
         return min(num_prompts, rows // most if rows % most == 0 else (rows + most - 2) // most + 1)
-    return min(num_prompts, math.ceil((rows + 3 * (3 * mean if most is None else most)) / mean))
+    return min(num_prompts, rows, math.ceil((rows + 3 * (3 * mean if most is None else most)) / mean))
 
 
 def _balanced_order(rollouts: np.ndarray, rng: np.random.Generator) -> list[int]:

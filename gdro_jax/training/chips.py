@@ -33,19 +33,19 @@ CHIPS = {  # by `jax.Device.device_kind`
 }
 
 
-def device(topology: str | None) -> jax.Device:
-    """The first device here, or of a TPU topology such as `v5e:8x8`, for which libtpu compiles without a TPU.
+def devices(topology: str | None) -> list[jax.Device]:
+    """The devices of this job, or of a TPU topology such as `v5e:8x8`, for which libtpu compiles without a TPU.
 
     Raises:
       ValueError: no such topology, or libtpu is missing; one line.
     """
     if topology is None:
-        return jax.devices()[0]
+        return jax.devices()
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
-        return topologies.get_topology_desc(topology, platform="tpu").devices[0]
+        return list(topologies.get_topology_desc(topology, platform="tpu").devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -404,6 +404,30 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the run's devices, those of all its processes, are laid out: data x fsdp x tensor of them.
+
+    Rows of sampling and training lie along data and fsdp. No token and no gradient depends on it beyond rounding.
+
+    Attributes:
+      data: parts of the rows, each with a whole copy of what fsdp and tensor split; None for as many as devices are
+        left. 1 with the others 1 is one device, whatever else is there.
+      fsdp: parts in which parameters and optimiser states lie, gathered where they are used; rows lie along it too.
+      tensor: parts of heads, MLP columns and vocabulary, which work on the same rows together.
+    """
+
+    data: int | None = None
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        ok = self.data is None or self.data >= 1
+        _check(ok, "mesh", "data", self.data, "at least 1, or null for as many as devices are left")
+        for field in ("fsdp", "tensor"):
+            _check(getattr(self, field) >= 1, "mesh", field, getattr(self, field), "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Held-out evaluation along the way and at the end.
 
@@ -499,6 +523,7 @@ class Config:
     controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
     sampling: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
 

@@ -1,18 +1,22 @@
 """What a run samples with: the package's own sampler, or a served model that is brought every new policy."""
 
+import jax
+
 from gdro_jax.models import qwen3
 from gdro_jax.sampling import Engine, Sampler, ServedModel, served
-from gdro_jax.training import setup
+from gdro_jax.training import processes, setup
 from gdro_jax.training.config import Config
 from gdro_jax.training.export import save_policy
 
 
-def make(config: Config, policy: setup.Policy) -> Engine:
+def make(config: Config, policy: setup.Policy, mesh: jax.sharding.Mesh | None = None) -> Engine:
     """The engine that `sampling` asks for; nothing is sent to a server yet."""
     settings, built = config.sampling, config.sampling.build(policy.stop_tokens)
     url, folder = settings.server, settings.server_folder
+    if url is not None and processes.count() > 1:
+        raise setup.InputError(f"sampling.server={url!r}: must be null in a job of {processes.count()} processes")
     if url is None or folder is None:
-        return Sampler(policy.model, built)
+        return Sampler(policy.model, built, mesh)
 
     def push(model: qwen3.Qwen3) -> None:
         save_policy(model, folder, setup.tokenizer_folder(config.model), policy.stop_tokens)

@@ -17,12 +17,13 @@ from gdro_jax.training.records import Record
 class Evaluator:
     """Evaluates a policy on the held-out problems, every time with the same keys: differences are paired."""
 
-    def __init__(self, config: Config, parts: setup.Setup, verifier: rewards.Verifier):
+    def __init__(self, config: Config, parts: setup.Setup, verifier: rewards.Grading):
         assert parts.heldout is not None
         self._config, self._parts, self._verifier = config, parts, verifier
         self._all = parts.heldout
         self._some = prompt_data.first_per_stratum(parts.heldout, config.eval.problems_per_stratum)
-        self._sampler = Sampler(parts.policy.model, config.eval_sampling(parts.policy.stop_tokens))
+        settings = config.eval_sampling(parts.policy.stop_tokens)
+        self._sampler = Sampler(parts.policy.model, settings, parts.layout.mesh)
 
     def __call__(self, model: Any, key: jax.Array, final: bool) -> tuple[Record, int]:
         """Summaries and the number of responses they took.

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gdro_jax.training import processes
 from gdro_jax.training.step import Batch
 
 
@@ -33,6 +34,8 @@ def batch_file(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 def keep(folder: pathlib.Path, number: int, batch: Batch) -> None:
     """Writes the arrays of a step's batch, by the names of `Batch` and, for how it was cut, `pieces.NAME`."""
+    if not processes.is_first():
+        return
     arrays: dict[str, Any] = {name: np.asarray(x) for name, x in batch._asdict().items() if name != "pieces"}
     arrays |= {f"pieces.{name}": np.asarray(x) for name, x in batch.pieces._asdict().items()}
     np.savez(batch_file(folder, number), **arrays)

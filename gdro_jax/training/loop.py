@@ -20,29 +20,31 @@ from gdro_jax.data import prompts as prompt_data
 from gdro_jax.models import qwen3
 from gdro_jax.models.config import work
 from gdro_jax.rewards import shaping
-from gdro_jax.sampling import Rollouts
-from gdro_jax.training import agreement, batching, engines, guard, overlap, packing, records, run_folder, setup, step
+from gdro_jax.training import (
+    agreement,
+    batching,
+    engines,
+    guard,
+    overlap,
+    packing,
+    processes,
+    records,
+    run_folder,
+    setup,
+    step,
+)
 from gdro_jax.training.checkpoint import Checkpoints
+from gdro_jax.training.collected import Collected
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
 from gdro_jax.training.evaluator import Evaluator
 from gdro_jax.training.export import save_policy
+from gdro_jax.training.grading import SharedVerifier
 from gdro_jax.training.ledger import Clock, Ledger
-from gdro_jax.training.optimiser import learning_rate, make_optimiser
+from gdro_jax.training.optimiser import learning_rate
+from gdro_jax.training.run_log import RunLog
 
 _PLAN, _SAMPLE, _CUT, _EVAL, _INIT, _GATE, _ADAPT = range(7)  # purposes of random keys
-
-
-class Collected(NamedTuple):
-    """A step's plan and rollouts on the host, with the pieces the update will go through."""
-
-    plan: controllers.Plan
-    rule_state: Any
-    prompt_index: np.ndarray
-    rollouts: Rollouts
-    grades: rewards.Grades
-    shaped: np.ndarray
-    pieces: batching.Pieces | packing.Packed
 
 
 class State(NamedTuple):
@@ -76,23 +78,22 @@ class Trainer:
         self.strata = np.array([p.stratum for p in parts.train.problems], dtype=object)
         self._plan, self._update_rule = jax.jit(parts.rule.plan), jax.jit(parts.rule.update)
         self._metrics, self._reweigh = jax.jit(parts.rule.metrics), jax.jit(parts.rule.reweigh)
-        self._sampler = engines.make(config, parts.policy)
+        self._sampler = engines.make(config, parts.policy, parts.layout.mesh)
         self._update = step.compiled_update()
-        self._signal = jax.jit(step.surrogate_signal, static_argnames=("config", "temperature"))
-        self._evaluator = Evaluator(config, parts, verifier) if parts.heldout is not None else None
+        self._signal = jax.jit(step.surrogate_signal, static_argnames=("config", "temperature", "layout"))
+        self._evaluator = Evaluator(config, parts, SharedVerifier(verifier)) if parts.heldout is not None else None
         self.ledger, self.step = Ledger(), 0
         self._most = setup.most_rollouts(config.controller)
         self._warm = False  # whether every program of a step has been compiled
         # Updates take the memory of what is trained; the policy stays, for the reference and for other runs.
         trained = setup.adapters(config.model, base.config, self._fold(_ADAPT)) if low_rank else base
-        trained = jax.tree.map(jnp.copy, trained)
-        rule_state = parts.rule.init(self._fold(_INIT))
-        self.state = State(step.Learner(trained, make_optimiser(config.train).init(trained)), rule_state)
+        learner = step.begin(jax.tree.map(jnp.copy, trained), base.config, config.train, parts.layout)
+        self.state = State(learner, parts.rule.init(self._fold(_INIT)))
         self._left_out = guard.LeftOut()
         self._pending: records.Record | None = None  # a step's record that is not in the log yet
         with contextlib.ExitStack() as on_error:
             self._lock = run_folder.claim(config)
-            on_error.callback(self._lock.release)
+            on_error.callback(self._release)
             first = list(parts.train.tokens[0])
             run_folder.keep_first_prompt(self.folder, first, str(parts.policy.tokenizer.decode(first)))
             self._open()
@@ -102,14 +103,17 @@ class Trainer:
         """Trains to the last step; True when done, False when `stop` asked for an end.
 
         However it ends, by a fault too, everything up to the last whole step is in a checkpoint; only a fault in the
-        update itself, which works in the state's own memory, leaves the checkpoint before.
+        update itself, which works in the state's own memory, leaves the checkpoint before, as any fault does where
+        there are several processes: the others, who must save with this one, may not know of it.
 
         Raises:
           agreement.Disagreement: sampler and trainer are too far apart; nothing is trained.
           guard.NotFiniteError: too many updates in a row were left out.
         """
+        stop = processes.agreed(stop)
         if self.step < self.config.run.steps and not stop():
             self.check_agreement()
+        whole = processes.count() == 1  # whether all can save together
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
                 on_record(self._write({"step": 0} | self._evaluate(final=True)))
@@ -124,8 +128,10 @@ class Trainer:
                 if self._due(self.config.run.checkpoint_every):
                     self.save()
                 guard.check(self._left_out, self.config.train.max_skipped, self.folder, self.step)
+            whole = True
         finally:
-            self.save()
+            if whole:
+                self.save()
         done = self.step >= self.config.run.steps and self._pending is None
         if done and self.config.run.save_model:
             policy, tokens_at = self.parts.policy, setup.tokenizer_folder(self.config.model)
@@ -145,7 +151,8 @@ class Trainer:
         index = batching.flat_index(np.full(len(ids), self.config.controller.mean_rollouts))
         asked = (self.tokens[ids], self.mask[ids], index, ids[index], self._fold(_GATE, self.step))
         self._sampler.update(model)
-        gap = agreement.measure(self._sampler, model, *asked, settings.temperature, settings.max_new_tokens)
+        limits = (settings.temperature, settings.max_new_tokens)
+        gap = agreement.measure(self._sampler, model, *asked, *limits, self.parts.layout)
         agreement.check(gap, settings.gap_tolerance)
         return gap
 
@@ -168,16 +175,13 @@ class Trainer:
             return  # an update took them and gave none back
         counters = {"ledger": dataclasses.asdict(self.ledger), "pending": records.plain(self._pending)}
         counters |= {"data": self.parts.train.fingerprint, "left_out": list(self._left_out)}
-        self.checkpoints.save(self.step, self.state, counters)
+        self.checkpoints.save(self.step, self.state._replace(rule=jax.device_get(self.state.rule)), counters)
 
     def _open(self) -> None:
         """Goes on from the latest checkpoint, if there is one, with a log that fits it."""
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.run.keep_checkpoints)
         resumed = self._resume()
-        try:
-            self.log = records.MetricsFile(self.folder / "metrics.jsonl", self.step if resumed else None)
-        except ValueError as error:
-            raise setup.InputError(str(error)) from None
+        self.log = RunLog(self.folder / "metrics.jsonl", self.step if resumed else None)
         if self.log.last is not None:  # it knows of the evaluation that followed the checkpoint
             self.ledger, self._pending = Ledger(**self.log.last["ledger"]), None
 
@@ -206,7 +210,11 @@ class Trainer:
         """Closes files; safe after an error."""
         self.log.close()
         self.checkpoints.close()
-        self._lock.release()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _fold(self, purpose: int, number: int = 0) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.key, purpose), number)
@@ -220,7 +228,10 @@ class Trainer:
         train = self.config.train
         pieces = train.minibatches * (train.microbatches if train.length_buckets is None else 1)
         cut: batching.Pieces | packing.Packed = batching.cut(
-            plan.rollouts, pieces, np.random.default_rng((run.seed, _CUT, number)), self._most
+            plan.rollouts,
+            pieces * self.parts.layout.shards,
+            np.random.default_rng((run.seed, _CUT, number)),
+            self._most,
         )
         clock.lap("plan")
         ids = plan.prompt_ids
@@ -252,30 +263,21 @@ class Trainer:
 
     def _learn(self, collected: Collected, clock: Clock) -> tuple[Collected, step.StepResult, Any, controllers.Outcome]:
         """Updates policy and controllers; the plan returned holds the weights that were used."""
-        plan, grades = collected.plan, collected.grades
-        outcome = _outcome(collected, len(plan.prompt_ids))
-        batch = step.Batch(
-            prompts=self.tokens[plan.prompt_ids],
-            prompt_mask=self.mask[plan.prompt_ids],
-            weights=plan.weights,
-            prompt_index=collected.prompt_index,
-            tokens=collected.rollouts.tokens,
-            mask=collected.rollouts.mask,
-            logprobs=collected.rollouts.logprobs,
-            rewards=collected.shaped,
-            scorable=grades.scorable,
-            pieces=collected.pieces,
-        )
-        fixed = (self.reference, batch, self.config.train, self.config.sampling.temperature)
+        plan, outcome = collected.plan, collected.outcome()
+        batch = collected.batch(self.tokens, self.mask)
+        more = (self.config.train, self.config.sampling.temperature, self.parts.layout)
+        whole = self.parts.layout.whole
         if self.config.controller.settings.get("use_current_batch"):
-            seen = outcome._replace(signal=np.asarray(self._signal(self.state.learner.model, *fixed)))
+            signal = whole(self._signal(self.state.learner.model, self.reference, whole(batch), *more))
+            seen = outcome._replace(signal=np.asarray(signal))
             weights = jax.device_get(self._reweigh(self._update_rule(collected.rule_state, plan, seen), plan))
-            fixed = (fixed[0], batch._replace(weights=weights), *fixed[2:])
+            batch = batch._replace(weights=weights)
             collected = collected._replace(plan=plan._replace(weights=weights))
-        result = self._update(self.state.learner, *fixed)
+        result = self._update(self.state.learner, self.reference, whole(batch), *more)
+        result = step.StepResult(result.learner, *map(whole, result[1:]))
         self._left_out = self._left_out.after(np.asarray(result.applied))
         if self._left_out.in_row > self.config.train.max_skipped:
-            guard.keep(self.folder, self.step + 1, fixed[1])
+            guard.keep(self.folder, self.step + 1, batch)
         outcome = outcome._replace(signal=np.asarray(result.signal))
         rule_state = jax.block_until_ready(self._update_rule(collected.rule_state, plan, outcome))
         clock.lap("update")
@@ -284,39 +286,15 @@ class Trainer:
     def _record(
         self, collected: Collected, result: step.StepResult, rule_state: Any, outcome: controllers.Outcome
     ) -> records.Record:
-        plan, out, grades = collected.plan, collected.rollouts, collected.grades
-        extra = {k: np.asarray(v) for k, v in self._metrics(rule_state, plan).items()}
-        num_bins = len(extra["share"])
-        scored = np.asarray(outcome.num_rollouts)
-        reward = np.where(scored > 0, np.asarray(outcome.num_correct) / np.maximum(scored, 1), np.nan)
-        variance = np.asarray(outcome.reward_variance)
-        index, scorable = collected.prompt_index, grades.scorable
-        total = np.bincount(index[scorable], weights=collected.shaped[scorable], minlength=len(scored))
-        shaped = np.where(scored > 0, total / np.maximum(scored, 1), np.nan)
-        weights, rollouts = np.asarray(plan.weights), np.asarray(plan.rollouts, float)
-        bins = records.bin_record(np.asarray(plan.bins), weights, rollouts, reward, variance, num_bins)
-        strata = self.strata[plan.prompt_ids].tolist()
-        metrics = {name: float(value) for name, value in result.metrics.items()}
+        controller = {name: np.asarray(value) for name, value in self._metrics(rule_state, collected.plan).items()}
         number = self.step + 1
         updates = number * self.config.train.minibatches - self._left_out.total
         return {
             "step": number,
-            "reward": records.mean(reward),  # over prompts: rows would count the prompts with more rollouts more
-            "shaped_reward": records.mean(shaped),
-            **metrics,
             "learning_rate": float(learning_rate(self.config.train)(max(updates - 1, 0))),
-            "response_length": float(out.mask.sum(1).mean()),
-            "unscorable": float(1.0 - grades.scorable.mean()),
-            "clipped_length": float(1.0 - out.finished.mean()),
             "train_padding": self._padding(collected),
-            "bins": bins,
-            "controller": extra,
-            "strata": {
-                "share": {name: strata.count(name) / len(strata) for name in sorted(set(strata))},
-                "reward": records.by_stratum(reward, strata),
-                "rollouts": records.by_stratum(rollouts, strata),
-            },
-            **records.diagnostic_record(bins, self.config.controller.mean_rollouts),
+            **{name: float(value) for name, value in result.metrics.items()},
+            **collected.record(outcome, controller, self.strata, self.config.controller.mean_rollouts),
         }
 
     def _padding(self, collected: Collected) -> float:
@@ -355,9 +333,10 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             return False
-        state, counters = self.checkpoints.restore(latest, self.state)
+        like = self.state._replace(rule=jax.device_get(self.state.rule))
+        state, counters = self.checkpoints.restore(latest, like)
         # The rule's arrays bound to no device, as `init` makes them: bound ones would compile its programs once more.
-        self.state = state._replace(rule=jax.tree.map(jnp.asarray, jax.device_get(state.rule)))
+        self.state = state._replace(rule=jax.tree.map(jnp.asarray, state.rule))
         trained_on = counters.get("data")  # a checkpoint of before this was kept does not say
         if trained_on not in (None, self.parts.train.fingerprint):
             raise setup.InputError(
@@ -367,20 +346,3 @@ class Trainer:
         self.ledger, self._pending, self.step = Ledger(**counters["ledger"]), counters["pending"], latest
         self._left_out = guard.LeftOut(*counters.get("left_out", ()))  # a checkpoint of before has none
         return True
-
-
-def _outcome(collected: Collected, num_prompts: int) -> controllers.Outcome:
-    """Counts per prompt; the variance is the unbiased one of 0/1 rewards, NaN below two scored rollouts."""
-    index, scorable = collected.prompt_index, collected.grades.scorable
-    scored = np.bincount(index[scorable], minlength=num_prompts)
-    failed = np.bincount(index[~scorable], minlength=num_prompts)
-    right = np.bincount(index[scorable], weights=collected.grades.scores[scorable], minlength=num_prompts)
-    rate = right / np.maximum(scored, 1)
-    variance = np.where(scored > 1, rate * (1 - rate) * scored / np.maximum(scored - 1, 1), np.nan)
-    return controllers.Outcome(
-        num_correct=right.astype(np.int32),
-        num_rollouts=scored.astype(np.int32),
-        num_unscorable=failed.astype(np.int32),
-        signal=np.zeros(num_prompts, np.float32),
-        reward_variance=variance.astype(np.float32),
-    )

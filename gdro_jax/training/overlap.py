@@ -1,8 +1,8 @@
-"""Grades responses as they finish, on a thread beside the decoding of the others."""
+"""Grades responses as they finish, on a thread beside the decoding of the others; each process grades its share."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -10,8 +10,9 @@ import numpy as np
 from gdro_jax import rewards
 from gdro_jax.evaluation.run import texts
 from gdro_jax.sampling import Rollouts
+from gdro_jax.training import grading
 
-_Part = tuple[rewards.Grades, list[str]]
+_Part = tuple[rewards.Grades, list[str]]  # of the rows that fall to this process, and of all
 
 
 class Grader:
@@ -34,7 +35,7 @@ class Grader:
         if len(rows):
             rows = np.sort(rows)
             part = Rollouts(*(x[rows] for x in out))
-            self._pending.append((rows, self._thread.submit(self._grade, part, [self._answers[r] for r in rows])))
+            self._pending.append((rows, self._thread.submit(self._grade, part, rows)))
 
     def result(self) -> tuple[rewards.Grades, list[str]]:
         """Grades and texts of all rows in their order, once every one is there.
@@ -42,20 +43,24 @@ class Grader:
         Raises:
           whatever the verifier raised.
         """
-        scores, scorable = np.zeros(len(self._answers), np.float32), np.zeros(len(self._answers), bool)
+        number = len(self._answers)
+        scores, scorable = np.zeros(number, np.float32), np.zeros(number, bool)
         reasons: dict[int, str] = {}
-        said = [""] * len(self._answers)
+        said = [""] * number
         for rows, future in self._pending:
             grades, responses = future.result()
-            scores[rows], scorable[rows] = grades.scores, grades.scorable
-            reasons |= {int(rows[i]): reason for i, reason in grades.reasons.items()}
+            mine = rows[grading.share(rows)]
+            scores[mine], scorable[mine] = grades.scores, grades.scorable
+            reasons |= {int(mine[i]): reason for i, reason in grades.reasons.items()}
             for row, response in zip(rows.tolist(), responses, strict=True):
                 said[row] = response
-        return rewards.Grades(scores, scorable, MappingProxyType(dict(sorted(reasons.items())))), said
+        return grading.merged(rewards.Grades(scores, scorable, reasons)), said
 
-    def _grade(self, part: Rollouts, answers: Sequence[str]) -> _Part:
+    def _grade(self, part: Rollouts, rows: np.ndarray) -> _Part:
         responses = texts(part, self._tokenizer, self._stops)
-        return self._verifier.grade(responses, answers), responses
+        mine = grading.share(rows).tolist()
+        grades = self._verifier.grade([responses[i] for i in mine], [self._answers[rows[i]] for i in mine])
+        return grades, responses
 
     def __enter__(self) -> Self:
         return self

@@ -1,10 +1,11 @@
 """What a configuration's training step needs, before anything runs: shapes, compile time, memory, FLOPs, roofline.
 
-The step is compiled for one device as the trainer compiles it, from shapes alone: no weights are read, and the device
-may be a TPU that is not there (`chips.device`). Memory is the compiler's own analysis. FLOPs are counted here, since
-the compiler counts the body of a loop over layers or microbatches once.
+The step is compiled as the trainer compiles it, for the configuration's mesh, from shapes alone: no weights are read,
+and the devices may be a TPU slice that is not there (`chips.devices`). Memory is the compiler's own analysis, of one
+device. FLOPs are counted here, since the compiler counts the body of a loop over layers or microbatches once.
 """
 
+import math
 import time
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from gdro_jax.models.config import work
 from gdro_jax.training import batching, packing, setup, step
 from gdro_jax.training.chips import GIB, Chip
 from gdro_jax.training.config import Config
+from gdro_jax.training.mesh import ONE_DEVICE, Layout
 from gdro_jax.training.optimiser import make_optimiser
 
 FORWARD_PASSES = {"none": 1.0, "products": 1.0, "block": 2.0}  # with what the backward pass makes again of the blocks
@@ -24,7 +26,8 @@ FORWARD_PASSES = {"none": 1.0, "products": 1.0, "block": 2.0}  # with what the b
 class Shapes(NamedTuple):
     """P prompts, R rows, L prompt and T response tokens; a piece has rows and room for prompts; `pieces` in all.
 
-    With `train.length_buckets` prompts are a minibatch's, rows what a piece has room for, `packed` the other shapes.
+    Of the pieces `shards` are worked on at the same time. With `train.length_buckets` prompts are a minibatch's of one
+    shard, rows what a piece has room for, `packed` the other shapes.
     """
 
     prompts: int
@@ -35,6 +38,7 @@ class Shapes(NamedTuple):
     piece_rows: int
     piece_prompts: int
     packed: packing.Sizes | None = None
+    shards: int = 1
 
 
 class Compiled(NamedTuple):
@@ -51,38 +55,43 @@ class Compiled(NamedTuple):
         return self.arguments + self.results + self.temporary
 
 
-def shapes(config: Config, prompt_tokens: int) -> Shapes:
+def shapes(config: Config, prompt_tokens: int, layout: Layout = ONE_DEVICE) -> Shapes:
     """The step's shapes.
 
     Raises:
       setup.InputError: no such controller.
     """
     prompts, rows = config.train.prompts_per_step, config.rows_per_step
-    train, tokens = config.train, config.sampling.max_new_tokens
-    pieces, buckets = train.minibatches * train.microbatches, train.length_buckets
-    cuts = pieces if buckets is None else train.minibatches
+    train, tokens, shards = config.train, config.sampling.max_new_tokens, layout.shards
+    pieces, buckets = train.minibatches * train.microbatches * shards, train.length_buckets
+    cuts = pieces if buckets is None else train.minibatches * shards
     room = batching.prompts_per_piece(prompts, rows, cuts, setup.most_rollouts(config.controller))
-    if buckets is None:
-        return Shapes(prompts, rows, prompt_tokens, tokens, pieces, rows // pieces, room)
-    packed = packing.sizes(buckets, rows // cuts, train.microbatches, tokens)
-    return Shapes(prompts, rows, prompt_tokens, tokens, pieces, packed.rows, room, packed)
+    packed = None if buckets is None else packing.sizes(buckets, rows // cuts, train.microbatches, tokens)
+    held = rows // pieces if packed is None else packed.rows
+    return Shapes(prompts, rows, prompt_tokens, tokens, pieces, held, room, packed, shards)
 
 
-def compile_step(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, device: jax.Device) -> Compiled:
-    """Compiles the training step for a device, its learner donated as in a run.
+def compile_step(
+    config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, device: jax.Device, layout: Layout = ONE_DEVICE
+) -> Compiled:
+    """Compiles the training step for a device or a layout of such, its learner donated as in a run.
 
     Raises:
       setup.InputError: `model.attention` cannot run there.
     """
-    place = jax.sharding.SingleDeviceSharding(device)
     kernel = setup.attention_kernel(config.model, architecture, device)
+    learner, batch, reference = jax.eval_shape(lambda: _arguments(config, architecture, shape, kernel))
+    everywhere: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(device)
+    if layout.mesh is not None:
+        everywhere = jax.sharding.NamedSharding(layout.mesh, jax.P())
+        learner, reference = layout.shapes(architecture, (learner, reference))
     learner, batch, reference = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(lambda: _arguments(config, architecture, shape, kernel)),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or everywhere), (learner, batch, reference)
     )
-    update = step.compiled_update()
     begun = time.perf_counter()
-    lowered = update.lower(learner, reference, batch, config=config.train, temperature=config.sampling.temperature)
+    lowered = step.compiled_update().lower(
+        learner, reference, batch, config=config.train, temperature=config.sampling.temperature, layout=layout
+    )
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -112,26 +121,30 @@ def flops(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> flo
     if shape.packed is None:
         return shape.pieces * (responses + prompts)
     again = blocks(prompt, shape.prompt_tokens)  # prompts run once more for their gradient, after all pieces
-    return shape.pieces * responses + config.train.minibatches * (prompts + again)
+    return shape.pieces * responses + config.train.minibatches * shape.shards * (prompts + again)
 
 
-def traffic(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> float:
-    """Bytes that a step moves at the least: parameters read twice a piece, gradients added, the optimiser's update."""
-    count = qwen3.num_params(architecture)
-    working = np.dtype(config.model.dtype).itemsize
-    return count * (shape.pieces * (2 * working + 8) + config.train.minibatches * 28)
+def traffic(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, layout: Layout = ONE_DEVICE) -> float:
+    """Bytes that a device moves in a step at the least: parameters read twice a piece, gradients added, the update."""
+    split = {} if layout.mesh is None else dict(layout.mesh.shape)
+    computed = qwen3.num_params(architecture) / split.get("tensor", 1)  # what a device computes with, and what it holds
+    held, working = computed / split.get("fsdp", 1), np.dtype(config.model.dtype).itemsize
+    pieces = shape.pieces // shape.shards
+    return pieces * (2 * working * computed + 8 * held) + config.train.minibatches * 28 * held
 
 
 def knobs(config: Config, shape: Shapes) -> list[str]:
     """What makes a step smaller, the cheapest first."""
     train, model = config.train, config.model
     found = []
-    if shape.piece_rows > 1:
+    if shape.piece_rows > 1 and config.rows_per_step % (2 * shape.pieces) == 0:
         found.append(f"train.microbatches={2 * train.microbatches}: half the rows at a time, the same result")
     if model.remat != "block":
         found.append("model.remat=block: only the blocks' inputs are kept, about a third more time")
     if model.dtype == "float32":
         found.append("model.dtype=bfloat16: half the activations")
+    if shape.shards > config.mesh.fsdp:
+        found.append(f"mesh.fsdp={2 * config.mesh.fsdp}: parameters and optimiser states in twice as many parts")
     if train.kl_coef > 0:
         found.append("train.kl_coef=0: no reference policy")
     if train.optimiser == "adamw":
@@ -139,9 +152,18 @@ def knobs(config: Config, shape: Shapes) -> list[str]:
     return found
 
 
-def text(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, compiled: Compiled, chip: Chip) -> str:
+def text(
+    config: Config,
+    architecture: qwen3.Qwen3Config,
+    shape: Shapes,
+    compiled: Compiled,
+    chip: Chip,
+    layout: Layout = ONE_DEVICE,
+) -> str:
     """The plan for people."""
-    work, moved = flops(config, architecture, shape), traffic(config, architecture, shape)
+    sizes = {} if layout.mesh is None else dict(layout.mesh.shape)
+    work = flops(config, architecture, shape) / math.prod(sizes.values())
+    moved = traffic(config, architecture, shape, layout)
     lines = [
         f"device      {chip.name}, {chip.memory / GIB:.1f} GiB"
         f", {chip.flops / 1e12:.3g} TFLOP/s{' measured just now' if chip.measured else ''}",
@@ -151,6 +173,9 @@ def text(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, compile
         *_pieces(config, shape),
         f"compile     {compiled.seconds:.1f} s, one program",
     ]
+    if sizes:
+        named = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        lines.insert(1, f"mesh        {named}: {shape.shards} pieces at a time; what follows is a device's share")
     if compiled.refused is None:
         lines.append(
             f"memory      {compiled.total / GIB:.2f} GiB of {chip.memory / GIB:.1f}: arguments "
@@ -222,10 +247,10 @@ def _arguments(
 
 
 def _cut(config: Config, shape: Shapes) -> batching.Pieces | packing.Packed:
-    cuts = shape.pieces if shape.packed is None else config.train.minibatches
+    cuts = shape.pieces if shape.packed is None else config.train.minibatches * shape.shards
     rows = np.zeros((cuts, shape.rows // cuts), np.int32)
     pieces = batching.Pieces(rows, np.zeros((cuts, shape.piece_prompts), np.int32), rows)
     if shape.packed is None:
         return pieces
     full = np.full(shape.rows, shape.response_tokens)
-    return packing.pack(pieces, full, np.zeros(shape.rows, bool), shape.packed, cuts)
+    return packing.pack(pieces, full, np.zeros(shape.rows, bool), shape.packed, config.train.minibatches)

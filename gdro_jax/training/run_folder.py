@@ -5,20 +5,41 @@ from collections.abc import Sequence
 
 import filelock
 
-from gdro_jax.training import config_io
+from gdro_jax.training import config_io, processes
 from gdro_jax.training.config import Config
 from gdro_jax.training.setup import InputError, claim_folder
 
 
-def claim(config: Config) -> filelock.BaseFileLock:
-    """Makes the run's folder, or checks that the run in it is this one, and keeps other processes out of it.
+def claim(config: Config) -> filelock.BaseFileLock | None:
+    """Makes the run's folder, or checks that the run in it is this one, and keeps other runs out of it.
 
     Returns:
-      The lock, held; it ends with the process if it is not released.
+      The lock, held by process 0; it ends with the process if it is not released.
 
     Raises:
-      InputError: the folder holds something else, is in use, or cannot be written.
+      InputError: the folder holds something else, is in use, cannot be written, or is not the same for all processes.
+      processes.JobError: so it is for another process.
     """
+    lock = processes.on_first(lambda: _locked(config))
+    file = pathlib.Path(config.run.output) / "config.yaml"
+
+    def seen() -> None:
+        if not file.exists():
+            raise InputError(
+                f"run.output={config.run.output!r}: {file.name} that process 0 wrote is not there; "
+                "all processes of a run need a folder that they share"
+            )
+
+    try:
+        processes.together(seen)
+    except ValueError:
+        if lock is not None:
+            lock.release()
+        raise
+    return lock
+
+
+def _locked(config: Config) -> filelock.BaseFileLock:
     check(config)
     folder = claim_folder(config.run.output, "run.output")
     lock = filelock.FileLock(folder / ".lock", timeout=0)
@@ -32,12 +53,17 @@ def claim(config: Config) -> filelock.BaseFileLock:
 
 def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str) -> None:
     """`first_prompt.txt`: how many tokens and which, and below an empty line the text that they are."""
+    if not processes.is_first():
+        return
     ids = " ".join(map(str, tokens))
     (folder / "first_prompt.txt").write_text(f"{len(tokens)} tokens: {ids}\n\n{text}\n")
 
 
-MAY_DIFFER = ("sampling.gap_tolerance", "sampling.server_timeout", "data.verifier_workers")
-"""Fields that change what a run takes or refuses, not what it computes."""
+MAY_DIFFER = (
+    *("sampling.gap_tolerance", "sampling.server_timeout", "data.verifier_workers"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+)
+"""Fields that change what a run takes or refuses, not what it computes beyond rounding."""
 
 
 def check(config: Config) -> None:

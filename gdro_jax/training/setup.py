@@ -12,8 +12,8 @@ import transformers
 from gdro_jax import controllers
 from gdro_jax.data import orders, prompts
 from gdro_jax.models import attention, hf, hub, lora, qwen3
-from gdro_jax.training import inputs
-from gdro_jax.training.config import Config, ControllerConfig, ModelConfig
+from gdro_jax.training import inputs, mesh
+from gdro_jax.training.config import Config, ControllerConfig, MeshConfig, ModelConfig
 
 
 class InputError(ValueError):
@@ -36,6 +36,7 @@ class Setup(NamedTuple):
     heldout: prompts.Prompts | None
     rule: controllers.Rule
     order: orders.Order
+    layout: mesh.Layout
     notes: tuple[str, ...]
 
 
@@ -74,8 +75,31 @@ def load_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase
         raise InputError(f"model.tokenizer: {folder / 'tokenizer.json'}: malformed ({error})") from error
 
 
-def load_policy(config: ModelConfig) -> Policy:
-    """Model, tokenizer and stop tokens.
+def layout(config: Config, devices: Sequence[jax.Device] | None = None) -> mesh.Layout:
+    """The configuration's mesh over the job's devices, or over those given.
+
+    Raises:
+      InputError: it does not fit the devices, or the step's rows do not divide over it.
+    """
+    if config.mesh == MeshConfig(data=1) and devices is None and jax.process_count() == 1:
+        return mesh.ONE_DEVICE
+    try:
+        found = mesh.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    except ValueError as error:
+        raise InputError(f"mesh: {error}") from None
+    each = config.train.microbatches if config.train.length_buckets is None else 1
+    pieces = config.train.minibatches * each * found.shards
+    if config.rows_per_step % pieces:
+        raise InputError(
+            f"mesh: the step's {config.rows_per_step} rows must divide into {pieces} equal pieces, train.minibatches="
+            f"{config.train.minibatches} x {each} microbatches x {found.shards} of mesh.data x mesh.fsdp; mesh.data=1 "
+            "takes one device"
+        )
+    return found
+
+
+def load_policy(config: ModelConfig, layout: mesh.Layout = mesh.ONE_DEVICE) -> Policy:
+    """Model, tokenizer and stop tokens; parameters are read straight to where the layout wants them.
 
     Raises:
       InputError, CheckpointError: a missing folder or file, or one that does not fit.
@@ -93,10 +117,10 @@ def load_policy(config: ModelConfig) -> Policy:
             raise InputError(f"model.{error}") from None
     held = config.param_dtype if config.lora_rank is None else config.dtype  # what is frozen need not be finer
     if config.random_init is None:
-        model = hf.load(folder, dtype=held)
+        model = hf.load(folder, dtype=held, mesh=layout.mesh)
     else:
-        key = jax.random.key(config.random_init)
-        model = qwen3.init(architecture(config), key, held)
+        key, cut = jax.random.key(config.random_init), architecture(config)
+        model = layout.made(cut, lambda key: qwen3.init(cut, key, held), key)
     kernel = attention_kernel(config, model.config, jax.devices()[0])
     model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, kernel)
     tokenizer = load_tokenizer(tokens_at)
@@ -128,14 +152,16 @@ def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs |
 
     Args:
       config: the run's configuration.
-      policy: what `load_policy(config.model)` gave before, to hold one copy for several runs; None loads it.
+      policy: what `load_policy(config.model, layout(config))` gave before, to hold one copy for several runs;
+        None loads it.
       data: what `inputs.load(config)` gave before, to check it once for several runs; None loads it.
 
     Raises:
       InputError, DataError, CheckpointError: with one clear line.
     """
+    where = layout(config)
     data = inputs.load(config) if data is None else data
-    policy = load_policy(config.model) if policy is None else policy
+    policy = load_policy(config.model, where) if policy is None else policy
     train, notes = inputs.ready(data.train, config.data.template, policy.tokenizer, config)
     first = train.tokens[0]
     shown = f"first prompt, {len(first)} tokens: {policy.tokenizer.decode(list(first))!r}"
@@ -163,7 +189,7 @@ def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs |
         raise InputError(f"controller: {error}") from None
     response = max(config.sampling.max_new_tokens, config.eval_sampling(policy.stop_tokens).max_new_tokens)
     check_length(policy, [p for p in (train, heldout) if p is not None], response, config)
-    return Setup(policy, train, heldout, rule, order, tuple(notes))
+    return Setup(policy, train, heldout, rule, order, where, tuple(notes))
 
 
 def most_rollouts(config: ControllerConfig) -> int | None:

@@ -30,6 +30,7 @@ __all__ = [
     "Batch",
     "Learner",
     "StepResult",
+    "begin",
     "compiled_update",
     "policy",
     "response_logprobs",
@@ -142,7 +143,18 @@ def update(
     summary["all_equal_groups"] = (stats.all_equal & (stats.num_rollouts > 0)).sum() / scored
     summary["logprob_gap"] = gap[0].max()
     summary["skipped"] = (~applied).sum().astype(jnp.float32)
+    learner = keep(learner)  # behind the loop once more: the next step must find it as this one did
     return StepResult(learner, _per_prompt(batch, plain), summary, applied)
+
+
+def begin(
+    trained: qwen3.Qwen3 | lora.Adapters, architecture: qwen3.Qwen3Config, config: TrainConfig, layout: Layout
+) -> Learner:
+    """The learner at the start of a run: optimiser states lie as the parameters do."""
+    optimiser = make_optimiser(config)
+    return layout.made(
+        architecture, lambda model: Learner(model, optimiser.init(model)), layout.put(architecture, trained)
+    )
 
 
 def compiled_update() -> jax.stages.Wrapped:
@@ -156,15 +168,16 @@ def surrogate_signal(
     batch: Batch,
     config: TrainConfig,
     temperature: float,
+    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """`StepResult.signal` of a learner's model that is not changed, for weights that come from the step's own batch."""
     batch = jax.tree.map(jnp.asarray, batch)
     rows = of_rows(batch, config)
     if isinstance(batch.pieces, Packed):
-        whole = packed.Step(reference, batch, rows, config, temperature, ONE_DEVICE)
+        whole = packed.Step(reference, batch, rows, config, temperature, layout)
         return _per_prompt(batch, jax.lax.map(lambda cut: packed.losses(whole, model, cut), batch.pieces))
-    sums_of = functools.partial(_piece_sums, reference, batch, rows, config, temperature)
-    return _per_prompt(batch, jax.lax.map(lambda piece: sums_of(model, piece)[1], batch.pieces))
+    sums_of = functools.partial(_shards_sums, reference, batch, rows, config, temperature, layout)
+    return _per_prompt(batch, jax.lax.map(lambda pieces: sums_of(model, pieces)[1], _sharded(batch.pieces, layout)))
 
 
 def _architecture(trained: qwen3.Qwen3 | lora.Adapters, frozen: qwen3.Qwen3 | None) -> qwen3.Qwen3Config:

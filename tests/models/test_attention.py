@@ -11,7 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from model_cases import config, make_model, make_tokens
 
 from gdro_jax.models import attention, qwen3
-from gdro_jax.training import config_io, setup
+from gdro_jax.training import config_io, mesh, setup
 
 N, B, S, H, K, C = 4, 20, 130, 4, 2, 128  # more than a block of queries, and none of the lengths is a whole one
 REAL = np.arange(S)[None] < np.array([[130], [7], [1], [60]])
@@ -66,12 +66,21 @@ def test_results_and_gradients_are_those_of_plain_attention(form: Callable) -> N
 
 
 def test_on_a_mesh_sequences_and_heads_are_split() -> None:
+    """As the training step maps over shards: two of two sequences each, their heads on two devices."""
     q, k, v, *prefix = (x[:, :6] for x in arrays())
     real, before = jnp.asarray(REAL[:, :6]), jnp.asarray(BEFORE[:, :6])
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    with jax.set_mesh(mesh):
-        split = jax.jit(lambda *x: interpreted(real, before)(*x))(q, k, v, tuple(prefix))
-    assert split.sharding.spec[0] == ("data", "fsdp") and split.sharding.spec[2] == "tensor"
+    layout = mesh.make(data=2, fsdp=2, tensor=2)
+
+    @jax.jit
+    def attended(*given: jax.Array) -> jax.Array:
+        shards = jax.tree.map(lambda x: x.reshape(4, len(x) // 4, *x.shape[1:]), given)
+        return layout.over_shards(lambda part: interpreted(*part[:2])(*part[2:5], tuple(part[5:])), shards)
+
+    given = (real, before, q, k, v, *prefix)
+    split = attended(*given)
+    assert split.sharding.spec[0] == ("data", "fsdp")
+    assert "P(('data', 'fsdp'), None, None, 'tensor', None)" in str(jax.make_jaxpr(attended)(*given))
+    split = split.reshape(q.shape)
     alone = plain(real, before)(q, k, v, tuple(prefix))
     np.testing.assert_allclose(np.where(real[..., None, None], split - alone, 0), 0, atol=1e-5)
 

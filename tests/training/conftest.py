@@ -112,6 +112,7 @@ def configure(tmp_path: pathlib.Path, tiny_folder: pathlib.Path) -> Configure:
             "sampling.gap_tolerance=null",  # one program less to compile; the gate has tests of its own
             f"data.train={file}",
             "eval.data=null",
+            "mesh.data=1",  # of the eight devices
         ]
         return config_io.load(None, [tuple(pair.split("=", 1)) for pair in (*base, *overrides)])
 

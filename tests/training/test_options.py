@@ -67,6 +67,10 @@ SHOWN = {
     "controller.name": HERE + "controller_options",
     "controller.mean_rollouts": HERE + "controller_options",
     "controller.settings": HERE + "controller_options",
+    "train.length_buckets": "training/test_packing.py::test_a_run_takes_buckets",
+    "mesh.data": "training/test_mesh_run.py::test_by_default_all_devices_are_taken",
+    "mesh.fsdp": "training/test_mesh_run.py::test_a_step_on_eight_devices_is_the_step_on_one",
+    "mesh.tensor": "training/test_mesh_run.py::test_a_step_on_eight_devices_is_the_step_on_one",
     "sampling.max_new_tokens": "sampling/test_sampler.py::test_one_new_token",
     "sampling.temperature": "sampling/test_sampler.py::test_log_probs_are_the_full_logits_and_the_trainers",
     "sampling.top_p": "training/test_config.py::test_ranges",  # training refuses to truncate; evaluation may

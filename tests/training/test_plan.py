@@ -10,7 +10,7 @@ from gdro_jax.models import qwen3
 from gdro_jax.training import InputError, chips, config_io, plan
 
 SMALL = ("train.prompts_per_step=4", "controller.mean_rollouts=2", "train.microbatches=2", "train.kl_coef=0",
-         "sampling.max_new_tokens=3", "data.max_prompt_tokens=8")  # fmt: skip
+         "sampling.max_new_tokens=3", "data.max_prompt_tokens=8", "mesh.data=1")  # fmt: skip
 
 
 def configured(*fields):
@@ -19,7 +19,7 @@ def configured(*fields):
 
 def test_shapes_and_flops_by_hand():
     shape = plan.shapes(configured(), 8)
-    assert shape == (4, 8, 8, 3, 2, 4, 2, None)  # pieces of 4 rows touch 2 prompts of 2 rollouts each
+    assert shape == (4, 8, 8, 3, 2, 4, 2, None, 1)  # pieces of 4 rows touch 2 prompts of 2 rollouts each
     assert plan.shapes(configured("controller.name=joint"), 8).piece_prompts == 4
     with pytest.raises(InputError, match="controller"):
         plan.shapes(configured("controller.name=best"), 8)

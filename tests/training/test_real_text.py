@@ -42,6 +42,7 @@ def command(tmp_path: pathlib.Path, vocab: int, stops: int | list[int], tokenize
         "controller.mean_rollouts": 2,
         "sampling.max_new_tokens": 4,
         "eval.data": "null",
+        "mesh.data": 1,
         "run.steps": 2,
         "run.output": tmp_path / "run",
     }

@@ -23,6 +23,7 @@ def test_sigterm_then_the_same_command(tmp_path, tiny_folder):
             "train.prompts_per_step": 4,
             "sampling.max_new_tokens": 2,
             "eval.data": "null",
+            "mesh.data": 1,
         }
         return [sys.executable, "-m", "gdro_jax.cli", "train", *(f"--{k}={v}" for k, v in settings.items())]
 

@@ -1,0 +1,176 @@
+"""Real jobs of two processes over gloo: the run of one process, and how they end together."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gdro_jax import cli
+from gdro_jax.models import hf
+from gdro_jax.training import processes
+
+PATIENCE = 400.0  # seconds: a bound for a hung process on a busy machine, far from what it takes
+
+
+def settings(tmp_path, tiny_folder, output, **more):
+    fields = {
+        "model.path": tiny_folder,
+        "run.output": tmp_path / output,
+        "run.steps": 3,
+        "run.checkpoint_every": 1,
+        "data.train": tmp_path / "twelve.jsonl",
+        "data.verifier": "math",
+        "data.template": "boxed",
+        "train.prompts_per_step": 4,
+        "train.learning_rate": 0.01,
+        "train.warmup_steps": 0,
+        "sampling.max_new_tokens": 3,
+        "sampling.gap_tolerance": "null",
+        "eval.data": "null",
+        "mesh.fsdp": 2,
+    }
+    fields |= {name.replace("__", "."): value for name, value in more.items()}
+    return [f"--{name}={value}" for name, value in fields.items()]
+
+
+class Pair:
+    """Two processes of one job, two devices each."""
+
+    def __init__(self, words, second=()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        command = [sys.executable, "-m", "gdro_jax.cli", "train"]
+        self.running = [
+            subprocess.Popen(
+                [*command, *words, *(second if number else ()), f"--process-id={number}"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(2)
+        ]
+
+    def until(self, true):
+        deadline = time.monotonic() + PATIENCE
+        while not true():
+            if any(p.poll() is not None for p in self.running) or time.monotonic() > deadline:
+                for process in self.running:
+                    process.kill()
+                pytest.fail("\n".join(process.communicate()[1] for process in self.running))
+            time.sleep(0.1)
+
+    def ended(self, timeout=PATIENCE):
+        """Exit codes, lines of standard error and of standard output, without gloo's own."""
+        try:
+            said = [process.communicate(timeout=timeout) for process in self.running]
+        finally:
+            for process in self.running:
+                process.kill()
+        lines = [[line for line in error.splitlines() if "[Gloo]" not in line] for _, error in said]
+        printed = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in said]
+        return [process.returncode for process in self.running], lines, printed
+
+
+@pytest.fixture
+def problems(tmp_path):
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "stratum": "xyz"[i % 3]} for i in range(12)]
+    (tmp_path / "twelve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_that_differ_end_with_the_field_that_does(tmp_path, tiny_folder, problems):
+    pair = Pair(settings(tmp_path, tiny_folder, "run"), second=["--train.learning_rate=0.02"])
+    codes, lines, _ = pair.ended()
+    assert codes == [2, 2]
+    why = "train.learning_rate=0.02 in process 1 and 0.01 in process 0: all processes of a run must have the same"
+    assert lines[0][-1] == lines[1][-1] == f"gdro train: {why}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_and_go_on_after_a_signal_to_one(tmp_path, tiny_folder, problems):
+    """One process on one device; two with two each, of which one is told to stop after a step or two."""
+    alone = settings(tmp_path, tiny_folder, "alone", mesh__fsdp=1, mesh__data=1)
+    assert cli.main(["train", *alone]) == 0
+    evenly = settings(tmp_path, tiny_folder, "both", run__steps=100_000)
+    pair = Pair(evenly)
+    metrics = tmp_path / "both" / "metrics.jsonl"
+    pair.until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1)
+    pair.running[1].send_signal(signal.SIGTERM)
+    codes, lines, _ = pair.ended()
+    assert codes == [75, 75], lines
+    done = len(logged(tmp_path / "both"))
+    codes, lines, out = Pair(settings(tmp_path, tiny_folder, "both", run__steps=done + 1)).ended()
+    assert codes == [0, 0], lines
+    assert out == [[str(tmp_path / "both" / "report.html")], []]
+    got, want = logged(tmp_path / "both"), logged(tmp_path / "alone")
+    assert [line["step"] for line in got] == list(range(1, done + 2))
+    for a, b in zip(got, want, strict=False):
+        for name in ("loss", "grad_norm", "reward", "response_length"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
+        assert a["ledger"]["tokens"] == b["ledger"]["tokens"] and a["ledger"]["scored"] == b["ledger"]["scored"]
+    saved = hf.load(tmp_path / "both" / "model")
+    assert all(np.isfinite(np.asarray(x)).all() for x in saved.arrays().values())
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, tiny_folder, problems):
+    pair = Pair(settings(tmp_path, tiny_folder, "run", run__steps=100_000))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    pair.until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1)
+    pair.running[1].kill()
+    killed = time.monotonic()
+    pair.running[0].wait(timeout=60)
+    assert time.monotonic() - killed < 60
+    codes, lines, _ = pair.ended()
+    assert codes[0] not in (0, 2, 75)
+    said = "\n".join(lines[0])
+    assert "the loss of a process that has ended" in said or "another task died" in said
+
+
+def test_the_job_is_named_by_flags_or_environment():
+    there = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+    assert processes.job(None, None, None, {}) is None
+    assert processes.job(None, None, None, there) == ("h:1", 4, 3)
+    assert processes.job("a:2", 2, 0, there) == ("a:2", 2, 0)
+    assert processes.job("auto", None, None, {}) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--num-processes=2"], "need --coordinator HOST:PORT"),
+        (["--coordinator=host"], "--coordinator='host': expected HOST:PORT"),
+        (["--coordinator=h:1", "--num-processes=2"], "--process-id: needed with --coordinator"),
+        (["--coordinator=h:1", "--num-processes=2", "--process-id=2"], "--process-id=2: must be in 0..1"),
+    ],
+)
+def test_a_job_that_is_not_named_whole_is_one_line(words, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *words])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and says in error
+
+
+def test_without_others_nothing_is_asked_of_them():
+    assert processes.gathered({"a": 1}) == [{"a": 1}] and processes.on_first(pathlib.Path) == pathlib.Path()
+    stop = lambda: True  # noqa: E731
+    assert processes.agreed(stop) is stop
+    processes.agree({"a": 1})
+    with pytest.raises(ValueError, match="mine"):
+        processes.together(lambda: int("mine"))
