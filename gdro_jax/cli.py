@@ -50,7 +50,7 @@ class _Stop:
       what: happens at the first signal, for the person who sent it.
     """
 
-    def __init__(self, what: str = "stopping after this step, with a checkpoint") -> None:
+    def __init__(self, what: str = "stopping, with a checkpoint of the last whole step") -> None:
         self.asked, self.what = False, what
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._heard)

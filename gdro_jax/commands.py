@@ -191,7 +191,7 @@ def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: st
             for note in parts.notes:
                 sys.stderr.write(f"{label}  {note}\n")
             progress = Progress(label, config.run.steps, trainer.step, config.run.log_every)
-            return trainer.run(progress, stop)
+            return trainer.run(progress, stop, progress.sampled)
         finally:
             trainer.close()
 

@@ -1,8 +1,8 @@
-"""Program size and compile time by depth: blocks are scanned, so neither should grow.
+"""Program size and compile time by depth: neither should grow, but for decoding from 4 to `decode.UNROLLED` layers.
 
     python experiments/benchmarks/model_compile.py --out results.json
 
-Compiles (nothing is run, no weights are made) the widths of Qwen3-0.6B at 4 and 36 layers: logits, the gradient of
+Compiles (nothing is run, no weights are made) the widths of Qwen3-0.6B at 4, 12 and 36 layers: logits, the gradient of
 their sum, and one decoding step.
 """
 
@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from gdro_jax.models import decode, qwen3
 from gdro_jax.models.presets import PRESETS
 
-DEPTHS = (4, 36)
+DEPTHS = (4, 12, 36)
 ROWS, LENGTH = 4, 64
 
 
 def main() -> None:
-    """Measures both depths in turn, a few rounds, and writes one JSON object."""
+    """Measures all depths in turn, a few rounds, and writes one JSON object."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--rounds", type=int, default=3, help="compilations of each program; 0 for its size alone")

@@ -2,14 +2,18 @@
 
     python experiments/benchmarks/sampler_compile.py [--topology v5e:4x4] [--tensor 4] [--cache-dtype int8] ...
 
-Needs `pip install 'gdro-jax[tpu]'`. One JSON line. Rows lie along the slice, heads along `--tensor` chips; the two
-programs that hold most are compiled: prompts run and rows seated, and a segment of decoding at the longest window.
+Needs `pip install -e '.[tpu]'`. One JSON line. Rows lie along the slice, heads along `--tensor` chips; the two
+programs that hold most are compiled: prompts run and rows seated, and a segment of decoding at the longest window. A
+program that does not fit is a result: `refused`, in the compiler's words. `grow_gib` is what lies on a chip while the
+cache grows from half its length to all of it: weights, prompts, the old cache and the new one.
 """
 
 import argparse
 import json
 import os
+import re
 import time
+from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from gdro_jax.models import qwen3
+from gdro_jax.models import attention, qwen3
 from gdro_jax.models.presets import PRESETS
 from gdro_jax.models.sharding import param_sharding
 from gdro_jax.sampling import SamplingConfig
@@ -58,21 +62,21 @@ def compiled(mesh: jax.sharding.Mesh, config: SamplingConfig, asked: argparse.Na
     programs = Programs(config, mesh)
     arguments = shapes(mesh, asked)
     settings = {"slots": asked.slots, "window": asked.new_tokens, "impl": "threefry2x32"}
-    begin, seconds = timed(programs.starting, *arguments, **settings)
+    kernel = arguments[0].kernel
+    line: dict[str, Any] = {"attention": kernel, "weights_gib": held_by_chip(arguments[0])}
+    begin, line["start"] = timed(programs.starting, *arguments, **settings)
+    if begin is None:  # where the state lies is known of a compiled program only
+        return line
     held = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         jax.eval_shape(lambda *a: programs.starting(*a, **settings), *arguments),
         begin.output_shardings,
     )
     leave_at = jax.ShapeDtypeStruct((), jnp.int32, sharding=arguments[2].sharding)
-    segment, more = timed(programs.decoding, arguments[0], *held, leave_at, tile=4)
-    return {
-        "weights_gib": held_by_chip(arguments[0]),
-        "prompts_gib": held_by_chip(held[0].prompts),
-        "cache_gib": held_by_chip(held[1].cache),
-        "start": memory(begin) | {"compile_seconds": seconds},
-        "segment": memory(segment) | {"compile_seconds": more},
-    }
+    line |= {"prompts_gib": held_by_chip(held[0].prompts), "cache_gib": held_by_chip(held[1].cache)}
+    line["grow_gib"] = round(line["weights_gib"] + line["prompts_gib"] + 1.5 * line["cache_gib"], 3)
+    _, line["segment"] = timed(programs.decoding, arguments[0], *held, leave_at, tile=min(4, asked.rollouts))
+    return line
 
 
 def shapes(mesh: jax.sharding.Mesh, asked: argparse.Namespace) -> tuple:
@@ -93,15 +97,24 @@ def shapes(mesh: jax.sharding.Mesh, asked: argparse.Namespace) -> tuple:
     prompts = (asked.prompts, asked.prompt_tokens)
     call = Asked(of(*prompts), of(*prompts, dtype=bool), of(rows), of(rows), of(rows), of(rows), of(1))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return qwen3.Qwen3(architecture, arrays), call, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
+    kernel = attention.choose("auto", "tpu", architecture.head_dim, "bfloat16")
+    model = qwen3.Qwen3(architecture, arrays, kernel=kernel)
+    return model, call, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
 
 
-def timed(function, *arguments, **settings) -> tuple[jax.stages.Compiled, float]:
-    """The compiled program and the seconds that took."""
+def timed(function, *arguments, **settings) -> tuple[jax.stages.Compiled | None, dict[str, object]]:
+    """The compiled program, None where it was refused, and what the compiler says of it."""
     lowered = function.lower(*arguments, **settings)
     begun = time.perf_counter()
-    done = lowered.compile()
-    return done, round(time.perf_counter() - begun, 1)
+    try:
+        done = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = " ".join(str(error).split())
+        needed = re.search(r"Used ([\d.]+[GM]) of ([\d.]+[GM])", said)
+        if needed is None and "RESOURCE_EXHAUSTED" not in said:
+            raise  # refused for another reason than memory: a fault
+        return None, {"refused": said[:300] if needed is None else needed[0]}
+    return done, memory(done) | {"compile_seconds": round(time.perf_counter() - begun, 1)}
 
 
 def held_by_chip(tree: object) -> float:

@@ -5,25 +5,30 @@ same prompt; a slot owns only its response's. The pieces are merged under one so
 FlashAttention (arXiv 2205.14135, section 3.1), so the result is that of `extend` up to rounding.
 Letters: S slots, W window (positions of the response cache), U positions of either, N tiles, G slots of a tile,
 otherwise as in `qwen3`.
+
+Layers lie in *stacks*: one for each layer of a shallow model, one of all layers of a deep one. Layers of one stack are
+run by a loop that carries their cache, so that the program does not grow with depth. A loop reads a layer out of its
+stack, which on the CPU costs a copy (15 % of the tokens a second of a small model): hence not for shallow models.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gdro_jax.models import qwen3, recompute
+from gdro_jax.models.sharding import over_heads
+
+UNROLLED = 8  # layers of the deepest model whose layers are not looped over
 
 
 class KV(NamedTuple):
-    """One layer's keys and values of N prompts or slots, filled from the left, as attention reads them.
+    """Keys and values of a stack of layers, of N prompts or slots, filled from the left, as attention reads them.
 
     Attributes:
-      k: [N, K, C, U]; scores then run along positions.
-      v: [N, K, U, C]; mixed values then run along the head.
-      k_scale, v_scale: float32[N, K, U], what int8 entries are multiplied by, one for each vector; else None.
+      k, v: [layers, N, K, U, C].
+      k_scale, v_scale: float32[layers, N, K, U], what int8 entries are multiplied by, one for each vector; else None.
     """
 
     k: jax.Array
@@ -31,21 +36,20 @@ class KV(NamedTuple):
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
 
-    def each(self, function: Callable[[jax.Array, int], jax.Array]) -> "KV":
-        """`function` of every array and of the axis along which its positions lie."""
-        scales = (None if x is None else function(x, 2) for x in (self.k_scale, self.v_scale))
-        return KV(function(self.k, 3), function(self.v, 2), *scales)
+    def layer(self, number: int | jax.Array) -> "KV":
+        """One layer, without the axis of layers."""
+        return jax.tree.map(lambda x: x[number], self)
 
 
 class Prompts(NamedTuple):
-    """Keys and values of P prompts, layer by layer (U = L), and int32[P] real tokens of each."""
+    """Keys and values of P prompts, stack by stack (U = L), and int32[P] real tokens of each."""
 
-    layers: tuple[KV, ...]
+    stacks: tuple[KV, ...]
     length: jax.Array
 
 
 Cache = tuple[KV, ...]
-"""Keys and values of S slots, layer by layer (U = W). Each layer's arrays are its own, so that none is ever copied."""
+"""Keys and values of S slots, stack by stack (U = W). A stack is written where it lies and never copied as a whole."""
 
 
 class Tiles(NamedTuple):
@@ -73,12 +77,20 @@ class _Part(NamedTuple):
 def lay_out(kv: qwen3.PromptKV, dtype: str | None = None) -> Prompts:
     """Prompts in the order decoding reads, kept in `dtype`: `bfloat16`, `int8`, or None for the dtype they have."""
 
-    def one(k: jax.Array, v: jax.Array) -> KV:
+    def stack(k: jax.Array, v: jax.Array) -> KV:
         (k, k_scale), (v, v_scale) = _kept(k, dtype or k.dtype), _kept(v, dtype or v.dtype)
-        scales = (None if x is None else x.swapaxes(1, 2) for x in (k_scale, v_scale))
-        return KV(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), *scales)
+        scales = (None if x is None else x.swapaxes(2, 3) for x in (k_scale, v_scale))
+        return _split(KV(k.swapaxes(2, 3), v.swapaxes(2, 3), *scales))
 
-    return Prompts(tuple(one(k, v) for k, v in zip(kv.k, kv.v, strict=True)), kv.length)
+    layers = len(kv.k)
+    size = 1 if layers <= UNROLLED else layers
+    parts = [slice(start, start + size) for start in range(0, layers, size)]
+    return Prompts(tuple(stack(kv.k[part], kv.v[part]) for part in parts), kv.length)
+
+
+def _split(kv: KV) -> KV:
+    """Heads over the tensor axis of the mesh that it is computed on: the compiler would not find that by itself."""
+    return jax.tree.map(lambda x: over_heads(x, 2), kv)
 
 
 def _kept(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array | None]:
@@ -90,28 +102,43 @@ def _kept(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Arr
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
+def empty_prompts(like: Prompts, number: int) -> Prompts:
+    """Zeroed keys and values of `number` prompts, otherwise as those of `like`, of which shapes and dtypes matter."""
+    stacks = (_blank(stack, number, stack.v.shape[3]) for stack in like.stacks)
+    return Prompts(tuple(stacks), jnp.zeros(number, jnp.int32))
+
+
+def put(prompts: Prompts, new: Prompts, begin: jax.Array) -> Prompts:
+    """The prompts with some of them, from number `begin` on, replaced."""
+    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin)
+    stacks = jax.tree.map(lambda x, y: update(x, y, axis=1), prompts.stacks, new.stacks)
+    return Prompts(tuple(map(_split, stacks)), update(prompts.length, new.length, axis=0))
+
+
 def empty_cache(prompts: Prompts, slots: int, window: int) -> Cache:
     """A zeroed cache, kept as the prompts are."""
+    return tuple(_blank(stack, slots, window) for stack in prompts.stacks)
 
-    def blank(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.zeros((slots, *x.shape[1:axis], window, *x.shape[axis + 1 :]), x.dtype)
 
-    return tuple(layer.each(blank) for layer in prompts.layers)
+def _blank(like: KV, number: int, window: int) -> KV:
+    return _split(
+        jax.tree.map(lambda x: jnp.zeros((x.shape[0], number, x.shape[2], window, *x.shape[4:]), x.dtype), like)
+    )
 
 
 def window_of(cache: Cache) -> int:
     """W."""
-    return cache[0].v.shape[2]
+    return cache[0].v.shape[3]
 
 
 def resize(cache: Cache, slots: jax.Array, window: int) -> Cache:
     """The cache of some of the slots int32[S'], with `window` positions."""
     more = window - window_of(cache)
 
-    def moved(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x[slots], [(0, more if a == axis else 0) for a in range(x.ndim)])
+    def moved(x: jax.Array) -> jax.Array:
+        return jnp.pad(x[:, slots], [(0, more if axis == 3 else 0) for axis in range(x.ndim)])
 
-    return tuple(layer.each(moved) for layer in cache)
+    return tuple(_split(jax.tree.map(moved, stack)) for stack in cache)
 
 
 def tiles_of(prompt: jax.Array, num_prompts: int, size: int) -> Tiles:
@@ -161,44 +188,50 @@ def decode(
       The final hidden state [S, D], which predicts response token `position + 1`, and the cache with one more filled.
     """
     turn = qwen3.rotation(model.config, (prompts.length[prompt] + position)[:, None])
-    window, length = window_of(cache), prompts.layers[0].v.shape[2]
+    window, length = window_of(cache), prompts.stacks[0].v.shape[3]
     own = jnp.arange(window) <= position[:, None]
     seen = jnp.arange(length) < prompts.length[tiles.prompt][:, None]
+    stacked = qwen3.block_weights(model)
 
-    def attend(shared: KV, mine: KV, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
-        filled = _with(mine, position, k[:, 0], v[:, 0])  # first, so that it is written where it lies
+    def attend(
+        shared: KV, mine: KV, at: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, KV]:
+        filled = _with(mine, at, position, k[:, 0], v[:, 0])  # first, so that it is written where it lies
         q = q.reshape(q.shape[0], k.shape[2], -1, q.shape[-1])  # [S, K, H / K, C]
-        mixed = _merge([_over_prompts(q, shared, seen, tiles), _over(q, filled, own)]).astype(v.dtype)
+        mixed = _merge([_over_prompts(q, shared.layer(at), seen, tiles), _over(q, filled.layer(at), own)]).astype(
+            v.dtype
+        )
         return mixed.reshape(mixed.shape[0], 1, -1, mixed.shape[-1]), filled
 
-    # Not scanned: a scan would copy every layer's weights, keys and values out of their stacks at every token.
-    x, stacked, filled = qwen3.embed_tokens(model, token[:, None]), qwen3.block_weights(model), []
-    for number, (shared, mine) in enumerate(zip(prompts.layers, cache, strict=True)):
-        weights = {name: array[number] for name, array in stacked.items()}
-        x, kept = qwen3.run_block(model.config, weights, x, turn, functools.partial(attend, shared, mine))
+    def block(before: int, shared: KV, at: int | jax.Array, carry: tuple[jax.Array, KV]) -> tuple[jax.Array, KV]:
+        x, mine = carry
+        weights = {name: array[before + at] for name, array in stacked.items()}
+        return qwen3.run_block(model.config, weights, x, turn, functools.partial(attend, shared, mine, at))
+
+    x, filled, before = qwen3.embed_tokens(model, token[:, None]), [], 0
+    for shared, mine in zip(prompts.stacks, cache, strict=True):
+        step, layers = functools.partial(block, before, shared), len(mine.v)
+        x, kept = step(0, (x, mine)) if layers == 1 else jax.lax.fori_loop(0, layers, step, (x, mine))
         filled.append(kept)
+        before += layers
     return qwen3.final_norm(model, x[:, 0]), tuple(filled)
 
 
-def _with(cache: KV, position: jax.Array, k: jax.Array, v: jax.Array) -> KV:
-    """The cache with k, v [S, K, C] at a position int32[S] of each slot; beyond its end nothing is kept."""
-    slot = jnp.arange(position.shape[0])
+def _with(cache: KV, layer: int | jax.Array, position: jax.Array, k: jax.Array, v: jax.Array) -> KV:
+    """The cache with k, v [S, K, C] in a layer, at a position int32[S] of each slot; beyond its end nothing is kept."""
     (k, k_scale), (v, v_scale) = _kept(k, cache.k.dtype), _kept(v, cache.v.dtype)
+    # By head too, so that a vector is what is written: otherwise a TPU turns the whole cache round to write all heads.
+    place = layer, jnp.arange(k.shape[0])[:, None], jnp.arange(k.shape[1]), position[:, None]
 
-    def put(place: Any, new: jax.Array | None) -> jax.Array:
-        return place.set(new, mode="drop", unique_indices=True)
+    def put(held: jax.Array, new: jax.Array) -> jax.Array:
+        return held.at[place].set(new, mode="drop", unique_indices=True)
 
-    return KV(
-        put(cache.k.at[slot, :, :, position], k),
-        put(cache.v.at[slot, :, position], v),
-        None if cache.k_scale is None else put(cache.k_scale.at[slot, :, position], k_scale),
-        None if cache.v_scale is None else put(cache.v_scale.at[slot, :, position], v_scale),
-    )
+    return _split(jax.tree.map(put, cache, KV(k, v, k_scale, v_scale)))
 
 
 def _over(q: jax.Array, kv: KV, mask: jax.Array) -> _Part:
-    """Attention of q [N, K, M, C] over keys and values of U positions where mask bool[N, U]."""
-    products = jnp.einsum("nkmc,nkcu->nkmu", q, kv.k.astype(q.dtype), preferred_element_type=jnp.float32)
+    """Attention of q [N, K, M, C] over one layer's keys and values of U positions where mask bool[N, U]."""
+    products = jnp.einsum("nkmc,nkuc->nkmu", q, kv.k.astype(q.dtype), preferred_element_type=jnp.float32)
     if kv.k_scale is not None:
         products = products * kv.k_scale[:, :, None]
     scores = jnp.where(mask[:, None, None], products * q.shape[-1] ** -0.5, recompute.MASKED)

@@ -31,6 +31,15 @@ def row_shards(mesh: jax.sharding.Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
 
+def over_heads(x: jax.Array, axis: int) -> jax.Array:
+    """`x` with its heads, which lie along `axis`, over the tensor axis of the mesh it is on, where that divides."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if TENSOR_AXIS not in mesh.auto_axes or x.shape[axis] % mesh.shape[TENSOR_AXIS]:
+        return x
+    spec = [TENSOR_AXIS if a == axis else jax.P.UNCONSTRAINED for a in range(x.ndim)]
+    return jax.lax.with_sharding_constraint(x, jax.P(*spec))
+
+
 def param_sharding(config: Qwen3Config, spec: ParamSpec, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     """How one stored parameter lies on a mesh.
 

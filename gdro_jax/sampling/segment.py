@@ -119,17 +119,29 @@ def start(
 def _prefill(
     model: qwen3.Qwen3, tokens: jax.Array, mask: jax.Array, cache_dtype: str | None
 ) -> tuple[decode.Prompts, jax.Array]:
-    """Prompts and their last hidden states, a few prompts at a time: attention needs a lot of memory meanwhile."""
+    """Prompts and their last hidden states, a few prompts at a time: attention needs a lot of memory meanwhile.
 
-    def one(prompt: tuple[jax.Array, jax.Array]) -> tuple[decode.Prompts, jax.Array]:
-        kv, last = qwen3.prefill(model, *(x[None] for x in prompt))
-        return jax.tree.map(lambda x: x[0], (decode.lay_out(kv, cache_dtype), last))
+    Every pass runs equally many; where they do not come out even the last pass runs some of those before once more.
+    """
+    number, length = tokens.shape
+    passes = -(-number // max(1, _PREFILLED_AT_ONCE // length))
+    size = -(-number // passes)
 
-    at_once = max(1, _PREFILLED_AT_ONCE // tokens.shape[1])
-    if tokens.shape[0] > at_once:
-        return jax.lax.map(one, (tokens, mask), batch_size=at_once)
-    kv, last = qwen3.prefill(model, tokens, mask)
-    return decode.lay_out(kv, cache_dtype), last
+    def some(tokens: jax.Array, mask: jax.Array) -> tuple[decode.Prompts, jax.Array]:
+        kv, last = qwen3.prefill(model, tokens, mask)
+        return decode.lay_out(kv, cache_dtype), last
+
+    if passes == 1:
+        return some(tokens, mask)
+
+    def one(at: jax.Array, held: tuple[decode.Prompts, jax.Array]) -> tuple[decode.Prompts, jax.Array]:
+        begin = jnp.minimum(at * size, number - size)
+        new, last = some(*(jax.lax.dynamic_slice_in_dim(x, begin, size) for x in (tokens, mask)))
+        return decode.put(held[0], new, begin), jax.lax.dynamic_update_slice_in_dim(held[1], last, begin, 0)
+
+    blank = jax.eval_shape(some, tokens[:1], mask[:1])
+    last = jnp.zeros((number, blank[1].shape[1]), blank[1].dtype)
+    return jax.lax.fori_loop(0, passes, one, (decode.empty_prompts(blank[0], number), last))
 
 
 def resize(state: State, slots: int, window: int) -> State:

@@ -47,6 +47,17 @@ from gdro_jax.training.run_log import RunLog
 _PLAN, _SAMPLE, _CUT, _EVAL, _INIT, _GATE, _ADAPT = range(7)  # purposes of random keys
 
 
+Watch = Callable[[int, sampling.Progress], None]  # of a step's number and how far its sampling is
+
+
+def _nothing(step: int, progress: sampling.Progress) -> None:
+    """Nobody watches."""
+
+
+class _LeftError(Exception):
+    """A stop was asked for while a step sampled: the step counts as not begun."""
+
+
 class State(NamedTuple):
     """Everything a checkpoint holds in arrays."""
 
@@ -99,9 +110,16 @@ class Trainer:
             self._open()
             on_error.pop_all()
 
-    def run(self, on_record: Callable[[records.Record], None], stop: Callable[[], bool] = lambda: False) -> bool:
+    def run(
+        self,
+        on_record: Callable[[records.Record], None],
+        stop: Callable[[], bool] = lambda: False,
+        on_sampled: Watch = _nothing,
+    ) -> bool:
         """Trains to the last step; True when done, False when `stop` asked for an end.
 
+        `on_sampled` hears how far a step's sampling is, a segment at a time. A stop is heeded there too, in one process
+        (several would have to agree first): what the step has sampled is dropped, and sampled again on resuming.
         However it ends, by a fault too, everything up to the last whole step is in a checkpoint; only a fault in the
         update itself, which works in the state's own memory, leaves the checkpoint before, as any fault does where
         there are several processes: the others, who must save with this one, may not know of it.
@@ -111,9 +129,15 @@ class Trainer:
           guard.NotFiniteError: too many updates in a row were left out.
         """
         stop = processes.agreed(stop)
+        whole = processes.count() == 1  # whether all can save together
+
+        def watch(number: int, progress: sampling.Progress) -> None:
+            on_sampled(number, progress)
+            if whole and progress.done < progress.total and stop():
+                raise _LeftError
+
         if self.step < self.config.run.steps and not stop():
             self.check_agreement()
-        whole = processes.count() == 1  # whether all can save together
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
                 on_record(self._write({"step": 0} | self._evaluate(final=True)))
@@ -124,7 +148,10 @@ class Trainer:
                     on_record(self._finish(self._pending))
                 if stop() or self.step >= self.config.run.steps:
                     break
-                self._pending = self.one_step()
+                try:
+                    self._pending = self.one_step(watch)
+                except _LeftError:
+                    break
                 if self._due(self.config.run.checkpoint_every):
                     self.save()
                 guard.check(self._left_out, self.config.train.max_skipped, self.folder, self.step)
@@ -156,11 +183,11 @@ class Trainer:
         agreement.check(gap, settings.gap_tolerance)
         return gap
 
-    def one_step(self) -> records.Record:
+    def one_step(self, watch: Watch = _nothing) -> records.Record:
         """Plans, samples, grades, updates policy and controllers; returns the step's log record."""
         clock = Clock()
         compiled, programs = self.compiles.seconds, self.compiles.count
-        collected, result, rule_state, outcome = self._learn(self._collect(clock), clock)
+        collected, result, rule_state, outcome = self._learn(self._collect(clock, watch), clock)
         record = self._record(collected, result, rule_state, outcome)
         self.state, self.step = State(result.learner, rule_state), self.step + 1
         self._count(collected, clock, self.compiles.seconds - compiled)
@@ -219,7 +246,7 @@ class Trainer:
     def _fold(self, purpose: int, number: int = 0) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.key, purpose), number)
 
-    def _collect(self, clock: Clock) -> Collected:
+    def _collect(self, clock: Clock, watch: Watch = _nothing) -> Collected:
         run, number = self.config.run, self.step + 1
         ids = self.parts.order(self.ledger.prompts)
         plan, rule_state = self._plan(self.state.rule, ids, self._fold(_PLAN, number))
@@ -242,6 +269,7 @@ class Trainer:
         with overlap.Grader(self.verifier, policy.tokenizer, policy.stop_tokens, answers) as grader:
             for progress in self._sampler.stream(out, self.tokens[ids], self.mask[ids], index, ids[index], key):
                 grader.submit(out, progress.rows)
+                watch(number, progress)
             clock.lap("sample")
             grades, said = grader.result()
         clock.lap("verify")  # what is left of grading once the last row has ended

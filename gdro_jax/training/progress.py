@@ -6,7 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from gdro_jax import sampling
+
 _BARS = " ▁▂▃▄▅▆▇█"
+_SECONDS_LIVE, _SECONDS = 1.0, 60.0  # least time between two looks at one step's sampling, on a terminal and elsewhere
 
 
 class Progress:
@@ -24,6 +27,8 @@ class Progress:
         self.stream = stream or sys.stderr
         self.begun, self._compiled = time.perf_counter(), False
         self.live = self.stream.isatty()
+        self._sampling: tuple[int, float, int] | None = None  # step, and the time and tokens at its first look
+        self._looked = self.begun
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Shows one record."""
@@ -38,6 +43,18 @@ class Progress:
             self.begun, self.done, self._compiled = time.perf_counter(), step, True
         if "eval" in record:
             self._show(f"{self.label}  step {step:>4}/{self.steps}  {_evaluation(record['eval'])}", stay=True)
+
+    def sampled(self, step: int, seen: sampling.Progress) -> None:
+        """Shows how far a step's sampling is, now and then: nothing where it is soon done."""
+        now = time.perf_counter()
+        if self._sampling is None or self._sampling[0] != step:
+            self._sampling, self._looked = (step, now, seen.tokens), now
+        if now - self._looked < (_SECONDS_LIVE if self.live else _SECONDS):
+            return
+        self._looked, (_, begun, before) = now, self._sampling
+        text = f"{self.label}  step {step:>4}/{self.steps}  sampling: {seen.done:,} of {seen.total:,} rows"
+        rate = (seen.tokens - before) / (now - begun)
+        self._show(f"{text}  {seen.tokens:,} tokens  {rate:,.0f} tokens/s", stay=not self.live)
 
     def _line(self, record: Mapping[str, Any]) -> str:
         step, bins = record["step"], record["bins"]

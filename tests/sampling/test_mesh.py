@@ -1,13 +1,17 @@
 """The same tokens on one device and on eight."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from gdro_jax.models.qwen3 import Qwen3, param_specs
+from gdro_jax.models.qwen3 import Qwen3, init, param_specs
 from gdro_jax.models.sharding import param_sharding
 from gdro_jax.sampling import Sampler, SamplingConfig
 from gdro_jax.sampling.placement import place
+from gdro_jax.sampling.programs import Asked, Programs
+from tests.conftest import TINY
 
 PROMPTS = [[5, 9, 33], [70], [12, 13, 14, 15, 16, 17], [99, 3], [7, 7, 7], [1, 2]]
 INDEX = np.repeat(np.arange(6), [5, 3, 1, 7, 2, 3])  # 21 rows: no number of shards divides them
@@ -41,6 +45,23 @@ def test_eight_devices_sample_what_one_does(tiny_model, alone, shape, slots):
     np.testing.assert_array_equal(got.mask, alone.mask)
     np.testing.assert_array_equal(got.finished, alone.finished)
     np.testing.assert_allclose(got.logprobs, alone.logprobs, atol=1e-5)
+
+
+def test_heads_of_prompts_and_cache_lie_along_tensor():
+    """A device keeps its own heads of every prompt and slot, from the first program on and through decoding."""
+    config = dataclasses.replace(TINY, num_heads=4, num_kv_heads=2)
+    model, mesh = on_mesh(init(config, jax.random.key(0)), {"data": 4, "tensor": 2})
+    programs = Programs(SamplingConfig(**SETTINGS), mesh)
+    ints = np.zeros(8, np.int32)
+    asked = Asked(np.ones((8, 4), np.int32), np.ones((8, 4), bool), ints, ints, ints, ints + 4, ints[:4] + 2)
+    settings = {"slots": 2, "window": 10, "impl": "threefry2x32"}
+    key = jax.random.key_data(KEY)
+    context, state = programs.starting(model, asked, key, **settings)
+    after, _ = programs.decoding(model, context, state, np.int32(0), tile=1)
+    for stack in (*context.prompts.stacks, *after.cache):
+        for array in (stack.k, stack.v):
+            _, rows, heads, *_ = array.sharding.shard_shape(array.shape)
+            assert (rows, heads) == (2, 1)
 
 
 def test_placement_keeps_rows_whole_and_prompts_together():

@@ -209,6 +209,26 @@ def test_a_stop_asked_at_once_samples_nothing(configure, launch, heldout, tmp_pa
     assert logged(tmp_path / "run") == [] and trainer.checkpoints.latest() == 0
 
 
+def test_a_stop_while_sampling_leaves_within_a_segment(configure, launch, tmp_path):
+    """The step that was under way is as if it had not begun; the run goes on as if it had not been stopped."""
+    settings = ("run.steps=2", "run.checkpoint_every=null", "sampling.max_new_tokens=6", "sampling.segment=2")
+    train(launch(configure(*settings, output="whole")))
+    trainer, heard = launch(configure(*settings, output="parts")), []
+
+    def hear(step, progress):
+        heard.append((step, progress.done, progress.total))
+
+    try:
+        assert trainer.run(lambda record: None, lambda: bool(heard) and heard[-1][0] == 2, hear) is False
+        assert trainer.step == 1 and trainer.checkpoints.latest() == 1
+    finally:
+        trainer.close()
+    assert [step for step, _, _ in heard].count(2) == 1  # not a segment more
+    assert heard[-1][1] < heard[-1][2]
+    train(launch(configure(*settings, output="parts")))
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
 def test_a_run_goes_on_with_the_problems_it_was_trained_on_alone(configure, launch, tmp_path):
     config = configure("run.steps=1")
     file = tmp_path / "twelve.jsonl"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdro_jax import sampling
 from gdro_jax.training import records
 from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.progress import Progress, sparkline
@@ -139,6 +140,23 @@ def test_progress_on_a_terminal_redraws_one_line():
     for step in (1, 2, 3):
         progress(record(step, reward=None if step == 2 else 0.5))
     assert stream.text.count("\r") == 3 and stream.text.count("\n") == 1
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, [2, 3, 4]), (False, [4])])
+def test_progress_within_a_long_step(monkeypatch, terminal, shown):
+    """A second apart on a terminal, a minute elsewhere; the rate is of what was drawn since the first look."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    stream = Stream(terminal)
+    progress = Progress("run", 3, 0, 10, stream)
+    for row, seconds in enumerate((10.0, 10.5, 20.0, 50.0, 80.0)):
+        now[0] = seconds
+        progress.sampled(1, sampling.Progress(np.array([row]), row, 8, 100 * row, 100 * row))
+    now[0] = 81.0
+    progress.sampled(2, sampling.Progress(np.array([0]), 0, 8, 7, 7))  # another step: its first look shows nothing
+    lines = [line for line in stream.text.replace("\r\x1b[2K", "\n").splitlines() if line]
+    assert [int(line.split("sampling: ")[1].split()[0]) for line in lines] == shown
+    assert lines[-1].endswith("sampling: 4 of 8 rows  400 tokens  6 tokens/s")
 
 
 def test_progress_shows_evaluations():

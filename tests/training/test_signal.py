@@ -37,7 +37,7 @@ def test_sigterm_then_the_same_command(tmp_path, tiny_folder):
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 75
-    assert "stopping after this step" in errors and "Traceback" not in errors
+    assert "stopping, with a checkpoint" in errors and "Traceback" not in errors
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 2
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [str(len(steps))]
