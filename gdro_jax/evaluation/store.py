@@ -43,10 +43,10 @@ def begin(
         found = _object(file)
         unlike = differences(found, wanted)
         if unlike:
-            first, before, now = unlike[0]
+            (first, before, now), names = unlike[0], ", ".join(name for name, *_ in unlike)
             raise StoreError(
-                f"{folder}: was begun with another {', '.join(name for name, *_ in unlike)} ({first}: {_short(before)}, "
-                f"now {_short(now)}); choose another folder"
+                f"{folder}: was begun with another {names} ({first}: {_short(before)}, now {_short(now)}); "
+                "choose another folder"
             )
         return
     for name, (problems, private) in sets.items():
@@ -56,7 +56,7 @@ def begin(
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], within: str = "") -> list[tuple[str, Any, Any]]:
-    """What two nested objects have unlike: where, as `sets.aime24.verifier`, and both values, None for a missing one."""
+    """What two nested objects have unlike: where, as `sets.aime24.verifier`, and both values, None where missing."""
     found: list[tuple[str, Any, Any]] = []
     for key in sorted({*a, *b}):
         one, other = a.get(key), b.get(key)

@@ -100,8 +100,8 @@ def _tried(grader: rewards.Verifier, name: str, problems: Sequence[Problem]) -> 
         grades = grader.grade([problems[0].answer], [problems[0].answer])
     except rewards.VerifierError as error:
         raise DataError(f"data.verifier={name!r}: {error}") from None
-    why = [f"{reason}" for reason in grades.failures]
-    return [f"data.verifier={name}: no verdict on the first gold answer given as the response ({why[0]})"] if why else []
+    gave_up = "no verdict on the first gold answer, given as the response"
+    return [f"data.verifier={name}: {gave_up} ({reason})" for reason in grades.failures]
 
 
 def _with_usable_answers(

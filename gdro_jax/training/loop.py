@@ -129,11 +129,11 @@ class Trainer:
           guard.NotFiniteError: too many updates in a row were left out.
         """
         stop = processes.agreed(stop)
-        whole = processes.count() == 1  # whether all can save together
+        whole = alone = processes.count() == 1  # whether all can save together
 
         def watch(number: int, progress: sampling.Progress) -> None:
             on_sampled(number, progress)
-            if whole and progress.done < progress.total and stop():
+            if alone and progress.done < progress.total and stop():
                 raise _LeftError
 
         if self.step < self.config.run.steps and not stop():
