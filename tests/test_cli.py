@@ -1,5 +1,6 @@
 """The command line: bad input of every kind is one line and exit code 2; what the commands write fits together."""
 
+import errno
 import json
 import os
 import shutil
@@ -53,6 +54,15 @@ BAD = {
     "an impossible budget": (
         ["train", MODEL, "--controller.name=rollout_gdro", "--controller.settings.min_rollouts=5"],
         "min_rollouts",
+    ),
+    "a verifier that cannot be imported": (
+        ["train", MODEL, "--data.verifier=nomodule:f"],
+        "data.verifier='nomodule:f': a verifier worker ended with code 1",
+    ),
+    "a rank above the matrices'": (["train", MODEL, "--model.lora_rank=9999"], "model.lora_rank=9999: must be at most"),
+    "a folder of benchmarks without benchmarks": (
+        ["eval", "nowhere", "embedded", "--benchmark-folder", "x"],
+        "--benchmark-folder does nothing without --benchmarks",
     ),
     "more prompts than problems": (
         [
@@ -182,6 +192,15 @@ def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path, tiny_folder, prob
     assert printed.err.count("\n") == 1 and printed.err.endswith("\n") and printed.err.startswith("gdro")
     assert words in printed.err
     assert sorted(tmp_path.iterdir()) == before  # nothing was begun
+
+
+def test_a_full_disk_is_one_line_and_a_fault(tmp_path, tiny_folder, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "config.yaml")
+
+    monkeypatch.setattr(config_io, "save", full)
+    assert invoke("train", f"--model.path={tiny_folder}", f"--run.output={tmp_path / 'run'}") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "gdro train: config.yaml: No space left on device"
 
 
 def without_a_tensor(data: bytes) -> bytes:

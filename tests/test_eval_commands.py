@@ -124,8 +124,8 @@ def test_responses_can_be_graded_again(evaluated, tmp_path, capsys):
 
 def test_compare_evals(evaluated, tmp_path, capsys):
     one, two = evaluated[0] / "one", evaluated[0] / "two"
-    assert invoke("compare-evals", one, two, "--out", tmp_path / "found.json") == 0
-    found = json.loads((tmp_path / "found.json").read_text())["against_it"][str(two)]["math500"]
+    assert invoke("compare-evals", one, two, "--out", tmp_path / "made" / "found.json") == 0
+    found = json.loads((tmp_path / "made" / "found.json").read_text())["against_it"][str(two)]["math500"]
     rates = [
         np.bincount([r["problem"] for r in read(x)], weights=[r["score"] for r in read(x)]) / 4 for x in (one, two)
     ]
@@ -134,10 +134,15 @@ def test_compare_evals(evaluated, tmp_path, capsys):
     assert (found["mean"]["low"], found["mean"]["high"]) == (want.low, want.high)
     assert set(found) == {"mean", "pass@2", "pass@4", "maj"} and found["pass@4"]["prompts"] == 8
     assert f"against {one}" in capsys.readouterr().out
+    assert invoke("compare-evals", one, two, "--out", tmp_path) == 2
+    assert "not a file that can be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"samples": 8}, {"temperature": 0.6}, {"sets": {}}])
-def test_unlike_settings_are_not_compared(change, evaluated, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"samples": 8}, "samples"), ({"temperature": 0.6}, "temperature"), ({"sets": {}}, "sets.gpqa, sets.math500")],
+)
+def test_unlike_settings_are_not_compared(change, named, evaluated, tmp_path, capsys):
     for file in (evaluated[0] / "two").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "settings.json").read_text()) | change
@@ -146,7 +151,7 @@ def test_unlike_settings_are_not_compared(change, evaluated, tmp_path, capsys):
         store.write_rows(tmp_path / "math500.responses.jsonl", read(tmp_path) * 2)
         store.write_rows(tmp_path / "gpqa.responses.jsonl", read(tmp_path, "gpqa") * 2)
     assert invoke("compare-evals", evaluated[0] / "one", tmp_path) == 2
-    assert f"its {next(iter(change))} differ from those of" in capsys.readouterr().err
+    assert f"its {named} differ from those of" in capsys.readouterr().err
 
 
 def test_nothing_of_a_private_benchmark_is_written_or_printed(evaluated, capsys):

@@ -172,6 +172,9 @@ def test_names_of_sets():
         ("tasks:ad@1", "did you mean 'add'"),
         ("tasks:add@9", r"1\.\.5"),
         ("tasks:add@x", "FAMILY@LEVEL"),
+        ("tasks:add@1*0", "count '0' is not allowed"),
+        ("tasks:add@3-1", "levels 3-1 are none"),
+        ("tasks:add@1,seed=-1", "seed '-1' is not allowed"),
         ("tasks:logic@1*500", "only .* distinct problems"),
     ):
         with pytest.raises(DataError, match=words) as caught:
