@@ -63,6 +63,16 @@ def test_training_and_evaluation_on_one_file_is_no_news(configure, write):
     assert inputs.load(configure(f"data.train={file}", f"eval.data={file}")).notes == ()
 
 
+def test_a_verifier_of_ones_own_is_tried_before_the_run(configure, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def never(response, answer):\n    return None\n")
+    file = write("one.jsonl", ("1+1=", "2"))
+    notes = inputs.load(configure(f"data.train={file}", "eval.data=null", "data.verifier=mine:never")).notes
+    assert len(notes) == 1 and "no verdict on the first gold answer" in notes[0]
+    with pytest.raises(DataError, match=r"data\.verifier='mine:absent': .*AttributeError"):
+        inputs.load(configure(f"data.train={file}", "eval.data=null", "data.verifier=mine:absent"))
+
+
 def test_a_mixture_of_files_and_tasks(configure, write):
     file = write("a.jsonl", *((f"{n}+1=", str(n + 1)) for n in range(8)))
     mixture = json.dumps({file: 1, "tasks:add@1*10": 2})

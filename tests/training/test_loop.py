@@ -282,8 +282,8 @@ def test_ledger_and_record(configure, launch, tmp_path):
     masks, scorable, plans = [], [], []
     collect = trainer._collect
 
-    def watched(clock):
-        out = collect(clock)
+    def watched(clock, watch):
+        out = collect(clock, watch)
         masks.append(np.asarray(out.rollouts.mask))
         scorable.append(out.grades.scorable)
         plans.append(out.plan)

@@ -22,8 +22,8 @@ def run(trainer, steps=None):
     """Tokens of every step and of the gate, and the records."""
     tokens, records, collect = [], [], trainer._collect
 
-    def watched(clock):
-        out = collect(clock)
+    def watched(clock, watch):
+        out = collect(clock, watch)
         tokens.append(out.rollouts.tokens)
         return out
 
