@@ -190,6 +190,9 @@ def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: st
                 return trainer.run(lambda record: None, stop)
             for note in parts.notes:
                 sys.stderr.write(f"{label}  {note}\n")
+            if trainer.step > 0:
+                what = "goes on from" if trainer.step < config.run.steps else "has already made"
+                sys.stderr.write(f"{label}  {what} step {trainer.step} of {config.run.steps}\n")
             progress = Progress(label, config.run.steps, trainer.step, config.run.log_every)
             return trainer.run(progress, stop, progress.sampled)
         finally:

@@ -40,6 +40,10 @@ MODEL = "--model.path={tiny}"
 BAD = {
     "a missing model folder": (["train", "--model.path", "nowhere"], "model.path='nowhere': no such folder"),
     "a folder that holds no model": (["train", "--model.path={tmp}"], "tokenizer.json"),
+    "a file for a model": (["train", "--model.path={problems}"], "is a file, not a folder"),
+    "a run for a model": (["eval", "{run}", "embedded"], "is a run, not a model; what it trained is in"),
+    "a file for a run": (["report", "{problems}"], "is a file, not a folder"),
+    "nothing where something is needed": (["train", "--run.steps=null"], "run.steps=null: expected int"),
     "a missing model folder to evaluate": (["eval", "nowhere", "embedded"], "no such folder"),
     "a typo in an option": (["train", "--run.stesp", "3"], "did you mean 'steps'?"),
     "a typo in a section": (["train", "--runn.steps", "3"], "did you mean 'run'?"),
@@ -433,6 +437,7 @@ def test_compare(tmp_path, tiny_folder, problems, capsys):
     assert one["strata"] == two["strata"] and one["response_length"] == two["response_length"]
     assert invoke(*arguments) == 0
     assert {label: (out / label / "metrics.jsonl").read_text() for label in labels} == logs
+    assert "half-seed4  has already made step 2 of 2\n" in capsys.readouterr().err
 
 
 def test_runs_of_a_comparison_differ_in_what_was_asked_only():

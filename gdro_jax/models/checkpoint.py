@@ -42,7 +42,8 @@ def read_config(folder: pathlib.Path) -> Qwen3Config:
       CheckpointError: no such folder, no config.json, or not a dense Qwen3.
     """
     if not folder.is_dir():
-        raise CheckpointNotFoundError(f"{folder}: no such folder; expected one with config.json and *.safetensors")
+        what = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise CheckpointNotFoundError(f"{folder}: {what}; expected one with config.json and *.safetensors")
     try:
         return Qwen3Config.from_hf(folder)
     except FileNotFoundError as error:

@@ -20,7 +20,7 @@ def read_comparison(folders: PathType | Sequence[PathType]) -> list[Run]:
     runs: list[Run] = []
     for folder in (Path(path) for path in paths):
         if not folder.is_dir():
-            raise RunError(f"{folder}: no such folder")
+            raise RunError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
         is_run = (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists()
         runs += [read_run(folder)] if is_run else _read_compare_folder(folder)
     if not runs:

@@ -37,13 +37,13 @@ class _Entry:
 def draw_all(runs: Sequence[Run]) -> list[Plot]:
     """Every figure of the report, in its order."""
     groups = by_method(runs)
-    passes = pass_label(runs)
+    passes, part = pass_label(runs), _of_part(runs)
     return [
         Plot(
             name=entry.name,
             section=entry.section,
             title=entry.title.replace("pass@k", passes),
-            caption=entry.caption.replace("pass@k", passes),
+            caption=entry.caption.replace("pass@k", passes) + (part if entry.name in _HELD_OUT_CURVES else ""),
             absent=entry.absent,
             figure=entry.draw(groups),
         )
@@ -51,6 +51,16 @@ def draw_all(runs: Sequence[Run]) -> list[Plot]:
     ]
 
 
+def _of_part(runs: Sequence[Run]) -> str:
+    """What a caption adds where evaluations along the way are of fewer problems than the first and the last."""
+    if not any("eval_part" in record for run in runs for record in run.records):
+        return ""
+    numbers = {run.setting("eval", "problems_per_stratum") for run in runs}
+    first = f"the first {numbers.pop()} problems" if len(numbers) == 1 else "the first problems"
+    return f" Curves are of {first} of each stratum throughout; the tables' scores are of all."
+
+
+_HELD_OUT_CURVES = ("learning", "strata_mean", "strata_pass")
 _NO_EVALUATION = "no run was evaluated as it trained"
 _ENTRIES = (
     _Entry(

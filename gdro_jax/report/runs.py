@@ -126,7 +126,7 @@ def read_run(folder: PathType) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunError(f"{folder}: no such folder")
+        raise RunError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
     config = read_yaml(folder / "config.yaml")
     records, lines, truncated = _read_metrics(folder / "metrics.jsonl")
     method = _dig(config, ("run", "method")) or _dig(config, ("controller", "name")) or folder.name

@@ -19,6 +19,7 @@ from typing import Any
 
 RECURSION_LIMIT = 3000
 LARGEST_FILE = 1 << 20  # bytes that a worker may write to any one file
+MOST_SAID = 200  # characters of an error's text that are passed on
 
 
 def main() -> None:
@@ -71,7 +72,8 @@ class _Function:
         try:
             verdict = self._function(given, gold)
         except Exception as error:  # whatever a function that is not ours raises costs this row alone
-            return f"the verifier function raised {type(error).__name__}"
+            said = " ".join(str(error).split())[:MOST_SAID]
+            return f"the verifier function raised {type(error).__name__}" + (f": {said}" if said else "")
         if verdict is None:
             return "the verifier function gave no verdict"
         if verdict in (True, False):

@@ -13,7 +13,8 @@ from gdro_jax.sampling import SamplingConfig
 
 def _check(ok: bool, section: str, field: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"{section}.{field}={value!r}: must be {allowed}")
+        shown = "null" if value is None else repr(value)  # as it is written in YAML
+        raise ValueError(f"{section}.{field}={shown}: must be {allowed}")
 
 
 def _is_share(value: object) -> bool:
@@ -57,7 +58,8 @@ class ModelConfig:
     """The initial policy.
 
     Attributes:
-      path: a Hugging Face folder, or `embedded` for the base shipped with the package.
+      path: a Hugging Face folder, a name on its hub, `OWNER/NAME` or `OWNER/NAME@REVISION`, or `embedded` for the base
+        shipped with the package.
       dtype: of compute, and of the exported policy: `float32` or `bfloat16`.
       param_dtype: of the parameters that the optimiser changes, and of its state. A step smaller than 1/256 of a
         weight is lost in `bfloat16`, which a learning rate of 1e-6 always is; `float32` keeps it.
@@ -116,8 +118,9 @@ class DataConfig:
     """Problems, prompts and verification.
 
     Attributes:
-      train: a JSON-lines or parquet file of problems, `hub:OWNER/DATASET/FILE` for one on the Hugging Face hub, or
-        `embedded` for the procedural set shipped with the package.
+      train: a JSON-lines or parquet file of problems, `hub:OWNER/DATASET/FILE` for one on the Hugging Face hub,
+        `tasks:FAMILY@LEVELS*COUNT,...` for procedural ones (`gdro_jax.data.tasks`), or `embedded` for the set of
+        them that ships with the package.
       mixture: such names to their shares of every step, instead of `train`; None for one set.
       loader: `builtin`, or `grain`, which a mixture needs; both are pure functions of seed and position.
       gold_check: `refuse` or `drop` rows whose answer the verifier cannot parse or that does not equal itself, None to

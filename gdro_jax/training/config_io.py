@@ -146,4 +146,4 @@ def _typed(value: object, hint: typing.Any, where: str) -> object:
         if isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
             return value
     names = " or ".join("null" if o is type(None) else (typing.get_origin(o) or o).__name__ for o in options)
-    raise ConfigError(f"{where}={value!r}: expected {names}")
+    raise ConfigError(f"{where}={'null' if value is None else repr(value)}: expected {names}")

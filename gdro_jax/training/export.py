@@ -42,7 +42,8 @@ def export(source: str, out: str, *, dtype: str | None = None, max_file_bytes: i
     else:
         folder = hub.resolve(source)
         if not folder.is_dir():
-            raise setup.InputError(f"{source}: no such folder; expected a run, one of its checkpoints, or a model")
+            what = "is a file, not a folder" if folder.exists() else "no such folder"
+            raise setup.InputError(f"{source}: {what}; expected a run, one of its checkpoints, or a model")
         if not (folder / "config.json").is_file():
             raise setup.InputError(f"{source}: holds neither config.yaml, as a run does, nor config.json, as a model")
         read_config(folder)

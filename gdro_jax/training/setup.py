@@ -106,7 +106,13 @@ def load_policy(config: ModelConfig, layout: mesh.Layout = mesh.ONE_DEVICE) -> P
     """
     folder = model_folder(config.path, weights=config.random_init is None)
     if not folder.is_dir():
-        raise InputError(f"model.path={config.path!r}: no such folder; expected config.json and *.safetensors in it")
+        what = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise InputError(f"model.path={config.path!r}: {what}; expected config.json and *.safetensors in it")
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"model.path={config.path!r}: is a run, not a model; what it trained is in {folder / 'model'} once it is "
+            "done, and `gdro export` writes it from a checkpoint"
+        )
     tokens_at = tokenizer_folder(config)
     if not (tokens_at / "tokenizer.json").is_file():  # before the weights are read
         raise InputError(f"model.tokenizer: {tokens_at} holds no tokenizer.json")

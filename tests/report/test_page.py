@@ -42,6 +42,17 @@ def test_the_page_holds_everything_and_needs_nothing(make_comparison):
         assert f"{row['worst_pass']:.3f} ±" in text
 
 
+def test_curves_of_a_part_of_the_problems_say_so(write_run, tmp_path):
+    scores = {"mean": 0.2, "pass": 0.5, "n": 8}
+    evaluated = {"k": 8, "samples": 8, "overall": scores, "strata": {"add": scores}}
+    whole = [{"step": step, "eval": evaluated, "ledger": {"rollouts": step}} for step in (0, 1)]
+    parts = [record | {"eval_part": evaluated} for record in whole]
+    said = "Curves are of the first 50 problems of each stratum"
+    for name, records, times in (("whole", whole, 0), ("part", parts, 3)):
+        page = report.write(write_run(name, records, eval={"problems_per_stratum": 50})).read_text()
+        assert page.count(said) == times
+
+
 def test_a_run_without_evaluations_or_price(make_run):
     folder = make_run(method="uniform", steps=1, eval_every=0)
     (folder / "figures").mkdir()

@@ -50,7 +50,7 @@ def test_outcomes_off_the_main_thread(module):
     (grades,) = found
     assert grades.scores.tolist() == [1] + [0] * 10 and again.scores.tolist() == [1]
     assert grades.scorable.tolist() == [True, True, False, False, False, False, False, False, True, True, True]
-    assert "longer than 3 s" in grades.reasons[2] and "raised KeyError" in grades.reasons[4]
+    assert "longer than 3 s" in grades.reasons[2] and "raised KeyError: 'no'" in grades.reasons[4]
     assert "raised MemoryError" in grades.reasons[5] and "no verdict" in grades.reasons[6]
 
 
