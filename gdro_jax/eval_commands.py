@@ -18,8 +18,8 @@ from gdro_jax.data import benchmarks, prompts
 from gdro_jax.evaluation import compare, run, score, store, tables
 from gdro_jax.evaluation.run import Graded
 from gdro_jax.models.checkpoint import INDEX_FILE
-from gdro_jax.sampling import Sampler, SamplingConfig
-from gdro_jax.training import inputs, setup
+from gdro_jax.sampling import SamplingConfig
+from gdro_jax.training import engines, inputs, setup
 from gdro_jax.training.config import Config
 
 _SAMPLE_BLOCKS, _BLOCK = 64, 1 << 16
@@ -202,7 +202,7 @@ def _sample(
     tokens = sum(row.tokens for row in kept)
     failures = [row.reason for row in kept if not row.scorable]
     if todo.problems:
-        sampler = Sampler(policy.model, config.eval_sampling(policy.stop_tokens))
+        sampler = engines.sampler(policy.model, config.eval_sampling(policy.stop_tokens))
         # A set's keys are its own, whatever else is evaluated beside it.
         key = jax.random.fold_in(jax.random.key(config.run.seed), zlib.crc32(name.encode()))
         longest = config.data.max_prompt_tokens or asked.prompts.longest

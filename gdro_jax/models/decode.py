@@ -1,8 +1,7 @@
 """One token per slot over shared prompts: what the sampler adds to `prefill` and `extend`.
 
 A prompt's keys and values lie once in memory and are read once per *tile*, a handful of slots that decode rows of the
-same prompt; a slot owns only its response's. The pieces are merged under one softmax by their running maxima, as in
-FlashAttention (arXiv 2205.14135, section 3.1), so the result is that of `extend` up to rounding.
+same prompt; a slot owns only its response's. The result is that of `extend` up to rounding.
 Letters: S slots, W window (positions of the response cache), U positions of either, N tiles, G slots of a tile,
 otherwise as in `qwen3`.
 
@@ -12,33 +11,18 @@ stack, which on the CPU costs a copy (15 % of the tokens a second of a small mod
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from gdro_jax.models import qwen3, recompute
+from gdro_jax.models import qwen3
+from gdro_jax.models.pieces import KV, Part, merge, over
 from gdro_jax.models.sharding import over_heads
 
+Held = TypeVar("Held")
 UNROLLED = 8  # layers of the deepest model whose layers are not looped over
-
-
-class KV(NamedTuple):
-    """Keys and values of a stack of layers, of N prompts or slots, filled from the left, as attention reads them.
-
-    Attributes:
-      k, v: [layers, N, K, U, C].
-      k_scale, v_scale: float32[layers, N, K, U], what int8 entries are multiplied by, one for each vector; else None.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    k_scale: jax.Array | None = None
-    v_scale: jax.Array | None = None
-
-    def layer(self, number: int | jax.Array) -> "KV":
-        """One layer, without the axis of layers."""
-        return jax.tree.map(lambda x: x[number], self)
 
 
 class Prompts(NamedTuple):
@@ -66,14 +50,6 @@ class Tiles(NamedTuple):
     lane: jax.Array
 
 
-class _Part(NamedTuple):
-    """Attention over one piece of context: largest score, sum of weights [S, K, H/K], mixed values [S, K, H/K, C]."""
-
-    top: jax.Array
-    total: jax.Array
-    mixed: jax.Array
-
-
 def lay_out(kv: qwen3.PromptKV, dtype: str | None = None) -> Prompts:
     """Prompts in the order decoding reads, kept in `dtype`: `bfloat16`, `int8`, or None for the dtype they have."""
 
@@ -82,10 +58,13 @@ def lay_out(kv: qwen3.PromptKV, dtype: str | None = None) -> Prompts:
         scales = (None if x is None else x.swapaxes(2, 3) for x in (k_scale, v_scale))
         return _split(KV(k.swapaxes(2, 3), v.swapaxes(2, 3), *scales))
 
-    layers = len(kv.k)
+    return Prompts(tuple(stack(kv.k[part], kv.v[part]) for part in stack_slices(len(kv.k))), kv.length)
+
+
+def stack_slices(layers: int) -> list[slice]:
+    """The layers of each stack of a model of so many."""
     size = 1 if layers <= UNROLLED else layers
-    parts = [slice(start, start + size) for start in range(0, layers, size)]
-    return Prompts(tuple(stack(kv.k[part], kv.v[part]) for part in parts), kv.length)
+    return [slice(start, start + size) for start in range(0, layers, size)]
 
 
 def _split(kv: KV) -> KV:
@@ -191,30 +170,54 @@ def decode(
     window, length = window_of(cache), prompts.stacks[0].v.shape[3]
     own = jnp.arange(window) <= position[:, None]
     seen = jnp.arange(length) < prompts.length[tiles.prompt][:, None]
-    stacked = qwen3.block_weights(model)
 
     def attend(
-        shared: KV, mine: KV, at: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+        number: int, at: int | jax.Array, mine: KV, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, KV]:
         filled = _with(mine, at, position, k[:, 0], v[:, 0])  # first, so that it is written where it lies
         q = q.reshape(q.shape[0], k.shape[2], -1, q.shape[-1])  # [S, K, H / K, C]
-        mixed = _merge([_over_prompts(q, shared.layer(at), seen, tiles), _over(q, filled.layer(at), own)]).astype(
-            v.dtype
-        )
+        shared = _over_prompts(q, prompts.stacks[number].layer(at), seen, tiles)
+        mixed = merge([shared, over(q, filled.layer(at), own)]).astype(v.dtype)
         return mixed.reshape(mixed.shape[0], 1, -1, mixed.shape[-1]), filled
 
-    def block(before: int, shared: KV, at: int | jax.Array, carry: tuple[jax.Array, KV]) -> tuple[jax.Array, KV]:
+    return through_layers(model, token, turn, cache, [len(stack.v) for stack in cache], attend)
+
+
+def through_layers(
+    model: qwen3.Qwen3,
+    token: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    stacks: tuple[Held, ...],
+    layers: list[int],
+    attend: Callable[..., tuple[jax.Array, Held]],
+) -> tuple[jax.Array, tuple[Held, ...]]:
+    """Runs the blocks on one token int32[S] per slot.
+
+    Args:
+      model: the policy.
+      token: int32[S].
+      turn: `qwen3.rotation` at the tokens' positions.
+      stacks: what each stack of layers keeps and changes.
+      layers: of each stack, how many.
+      attend: (number of the stack, layer of it, what it keeps, q, k, v) to mixed values [S, 1, H, C] and what is kept.
+
+    Returns:
+      The final hidden state [S, D] and what the stacks keep.
+    """
+    stacked = qwen3.block_weights(model)
+
+    def block(before: int, number: int, at: int | jax.Array, carry: tuple[jax.Array, Held]) -> tuple[jax.Array, Held]:
         x, mine = carry
         weights = {name: array[before + at] for name, array in stacked.items()}
-        return qwen3.run_block(model.config, weights, x, turn, functools.partial(attend, shared, mine, at))
+        return qwen3.run_block(model.config, weights, x, turn, functools.partial(attend, number, at, mine))
 
-    x, filled, before = qwen3.embed_tokens(model, token[:, None]), [], 0
-    for shared, mine in zip(prompts.stacks, cache, strict=True):
-        step, layers = functools.partial(block, before, shared), len(mine.v)
-        x, kept = step(0, (x, mine)) if layers == 1 else jax.lax.fori_loop(0, layers, step, (x, mine))
-        filled.append(kept)
-        before += layers
-    return qwen3.final_norm(model, x[:, 0]), tuple(filled)
+    x, kept, before = qwen3.embed_tokens(model, token[:, None]), [], 0
+    for number, (mine, depth) in enumerate(zip(stacks, layers, strict=True)):
+        step = functools.partial(block, before, number)
+        x, mine = step(0, (x, mine)) if depth == 1 else jax.lax.fori_loop(0, depth, step, (x, mine))
+        kept.append(mine)
+        before += depth
+    return qwen3.final_norm(model, x[:, 0]), tuple(kept)
 
 
 def _with(cache: KV, layer: int | jax.Array, position: jax.Array, k: jax.Array, v: jax.Array) -> KV:
@@ -229,36 +232,14 @@ def _with(cache: KV, layer: int | jax.Array, position: jax.Array, k: jax.Array, 
     return _split(jax.tree.map(put, cache, KV(k, v, k_scale, v_scale)))
 
 
-def _over(q: jax.Array, kv: KV, mask: jax.Array) -> _Part:
-    """Attention of q [N, K, M, C] over one layer's keys and values of U positions where mask bool[N, U]."""
-    products = jnp.einsum("nkmc,nkuc->nkmu", q, kv.k.astype(q.dtype), preferred_element_type=jnp.float32)
-    if kv.k_scale is not None:
-        products = products * kv.k_scale[:, :, None]
-    scores = jnp.where(mask[:, None, None], products * q.shape[-1] ** -0.5, recompute.MASKED)
-    top = scores.max(-1)
-    weights = jnp.exp(scores - top[..., None])
-    scaled = weights if kv.v_scale is None else weights * kv.v_scale[:, :, None]
-    values = kv.v.astype(q.dtype)
-    mixed = jnp.einsum("nkmu,nkuc->nkmc", scaled.astype(q.dtype), values, preferred_element_type=jnp.float32)
-    return _Part(top, weights.sum(-1), mixed)
-
-
-def _over_prompts(q: jax.Array, prompts: KV, mask: jax.Array, tiles: Tiles) -> _Part:
+def _over_prompts(q: jax.Array, prompts: KV, mask: jax.Array, tiles: Tiles) -> Part:
     """The same over P prompts: each tile reads its prompt once for all its slots."""
     number, size = tiles.slots.shape
     _, heads, group, width = q.shape
     packed = q[tiles.slots].swapaxes(1, 2).reshape(number, heads, size * group, width)
-    part = _over(packed, jax.tree.map(lambda x: x[tiles.prompt], prompts), mask)
+    part = over(packed, jax.tree.map(lambda x: x[tiles.prompt], prompts), mask)
 
     def unpack(x: jax.Array) -> jax.Array:
         return x.reshape(number, heads, size, group, *x.shape[3:])[tiles.tile, :, tiles.lane]
 
-    return _Part(*map(unpack, part))
-
-
-def _merge(parts: list[_Part]) -> jax.Array:
-    """Mixed values [S, K, H/K, C] under one softmax over all pieces; an empty piece weighs nothing."""
-    top = jnp.max(jnp.stack([part.top for part in parts]), axis=0)
-    scales = [jnp.exp(part.top - top) for part in parts]
-    total = sum(scale * part.total for scale, part in zip(scales, parts, strict=True))
-    return jnp.asarray(sum((s / total)[..., None] * p.mixed for s, p in zip(scales, parts, strict=True)))
+    return Part(*map(unpack, part))

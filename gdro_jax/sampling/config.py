@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from gdro_jax.models.paged import KINDS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -21,6 +23,10 @@ class SamplingConfig:
         progress and heeds an interrupt there.
       cache_dtype: of keys and values while they are kept: `bfloat16`, or `int8` with a scale for each vector; None for
         the model's own. Less memory for log-probs that are a little off the trainer's.
+      cache: how keys and values lie: `contiguous`, as long in every slot, with prompts read by several slots at a
+        time; `paged`, as many pages as a row has tokens; `auto`, `paged` on a TPU where its kernel can run, else
+        `contiguous`. Off a TPU pages are read by plain JAX, slowly.
+      page_tokens: tokens of a page; a row's last page is half empty on average, and so is its prompt's.
 
     Raises:
       ValueError: naming the field, the value and what is allowed.
@@ -36,6 +42,8 @@ class SamplingConfig:
     slots: int | None = None
     segment: int = 32
     cache_dtype: str | None = None
+    cache: str = "auto"
+    page_tokens: int = 64
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -59,6 +67,13 @@ class SamplingConfig:
             raise ValueError(f"slots={self.slots}: must be at least 1, or None for all rows at once")
         if self.cache_dtype not in (None, "bfloat16", "int8"):
             raise ValueError(f"cache_dtype={self.cache_dtype!r}: must be bfloat16 or int8, or None for the model's own")
+
+        if self.cache not in KINDS:
+            raise ValueError(f"cache={self.cache!r}: must be one of {', '.join(KINDS)}")
+        if self.cache == "paged" and self.cache_dtype == "int8":
+            raise ValueError("cache='paged': must be auto or contiguous with cache_dtype=int8, pages have no scales")
+        if self.page_tokens < 1:
+            raise ValueError(f"page_tokens={self.page_tokens}: must be at least 1")
 
     @property
     def truncates(self) -> bool:

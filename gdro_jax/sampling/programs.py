@@ -2,7 +2,8 @@
 
 A *stage* is a shape of the slots: how many, and how many positions their cache has. Decoding starts with all slots and
 a short cache, lengthens the cache when a row outgrows it, and halves the slots as rows end once none waits. So the
-cache follows the longest row alive rather than the longest allowed, and few slots idle at the end.
+cache follows the longest row alive rather than the longest allowed, and few slots idle at the end. In pages a stage
+has room for so many tokens a slot on average, and grows when all of that is taken; slots stay, an idle one holds none.
 """
 
 import functools
@@ -26,7 +27,7 @@ _AT_ONCE = 2**30  # more slots than there can be: a segment that ends before its
 
 
 class Stage(NamedTuple):
-    """Slots of a shard, and positions of their cache."""
+    """Slots of a shard, and positions of their cache: of each, or in pages on average."""
 
     slots: int
     window: int
@@ -49,17 +50,18 @@ class Asked(NamedTuple):
     number: Array
 
 
-def stages(config: SamplingConfig, slots: int) -> tuple[list[Stage], list[Stage]]:
+def stages(config: SamplingConfig, slots: int, in_pages: bool = False) -> tuple[list[Stage], list[Stage]]:
     """Stages with all slots, their windows doubling, and those that follow them, their slots halving.
 
     Where nothing stops a row early, rows end together and slots are never halved: those programs are not compiled.
+    In pages an idle slot has nothing to be read, so slots are not halved either.
     """
     longest = config.max_new_tokens
     windows, rungs = [longest], [slots]
     if longest > config.segment:
         while len(windows) <= 2 and windows[0] >= _SHORTEST_HALVED:
             windows.insert(0, (windows[0] + 1) // 2)
-        while config.stop_tokens and len(rungs) <= _HALVINGS and rungs[-1] >= 2 * _FEWEST_SLOTS:
+        while config.stop_tokens and not in_pages and len(rungs) <= _HALVINGS and rungs[-1] >= 2 * _FEWEST_SLOTS:
             rungs.append((rungs[-1] + 1) // 2)
     return [Stage(slots, window) for window in windows], [Stage(n, longest) for n in rungs[1:]]
 
@@ -70,21 +72,22 @@ class Programs:
     Args:
       config: of sampling.
       mesh: rows lie along all its axes but `tensor`, heads along that one; None for one device.
+      reader: of a cache in pages (`paged.choose`), None for a contiguous one.
 
     Attributes:
       starting: prompts run and first rows seated: (model, `Asked`, key data, slots, window, impl) to context and state.
       decoding: one segment: (model, context, state, leave_at, tile) to state and look.
     """
 
-    def __init__(self, config: SamplingConfig, mesh: jax.sharding.Mesh | None):
-        self._config, self._mesh = config, mesh
+    def __init__(self, config: SamplingConfig, mesh: jax.sharding.Mesh | None, reader: str | None = None):
+        self._config, self._mesh, self._in_pages = config, mesh, reader is not None
         self.axes, self.shards = row_axes(mesh), row_shards(mesh)
         every, split = PartitionSpec(), PartitionSpec(self.axes)
         self._split = split
-        begin = functools.partial(_start, cache_dtype=config.cache_dtype)
+        begin = functools.partial(_start, config=config, in_pages=self._in_pages)
         self.starting = self._compiled(begin, (every, split, every), split, static=("slots", "window", "impl"))
         in_step = mesh is not None and mesh.shape.get(TENSOR_AXIS, 1) > 1
-        step = functools.partial(segment.segment, config=config, axes=self.axes, in_step=in_step)
+        step = functools.partial(segment.segment, config=config, axes=self.axes, in_step=in_step, reader=reader)
         self.decoding = self._compiled(step, (every, split, split, every), (split, every), static=("tile",), donate=2)
         self._move = self._compiled(segment.resize, (split,), split, static=("slots", "window"))
         self._warm: set[tuple[int, ...]] = set()
@@ -92,7 +95,7 @@ class Programs:
     def start(self, model: qwen3.Qwen3, asked: Asked, key: jax.Array, slots: int) -> tuple["Decoding", segment.Context]:
         """Prompts run and first rows seated; at a new shape every program is compiled before that."""
         tile = min(_LARGEST_TILE, 1 << max(0, (len(asked.prompt) // len(asked.tokens)).bit_length() - 1))
-        growing, shrinking = stages(self._config, slots)
+        growing, shrinking = stages(self._config, slots, self._in_pages)
         on_devices = jax.tree.map(lambda x: self._put(x, self._split), asked)
         seed, impl = self._put(np.asarray(jax.random.key_data(key)), PartitionSpec()), str(jax.random.key_impl(key))
         begin = functools.partial(
@@ -155,19 +158,27 @@ class Decoding:
         self.state, look = self._segment(context, self.state, np.int32(leave_at))
         return look
 
-    def move(self, live: int, waiting: int, longest: int) -> None:
-        """Moves on to the shape that the rows left need."""
+    def move(self, live: int, waiting: int, full: bool) -> None:
+        """Moves on to the shape that the rows left need, a larger one where the cache is full."""
         while waiting == 0 and self._rung < len(self._shrinking) and live <= self._shrinking[self._rung].slots:
             self.state = self._move(self.state, **self._shrinking[self._rung]._asdict())
             self._rung += 1
-        while self._rung == 0 and longest >= self._growing[self._window].window:
+        if self._rung == 0 and full:
             self._window += 1
             self.state = self._move(self.state, **self._growing[self._window]._asdict())
 
 
 def _start(
-    model: qwen3.Qwen3, asked: Asked, seed: jax.Array, slots: int, window: int, impl: str, cache_dtype: str | None
+    model: qwen3.Qwen3,
+    asked: Asked,
+    seed: jax.Array,
+    slots: int,
+    window: int,
+    impl: str,
+    config: SamplingConfig,
+    in_pages: bool,
 ) -> tuple[segment.Context, segment.State]:
     tokens, mask, prompt, identity, rank, limit, number = map(jnp.asarray, asked)
     keys = segment.row_keys(jax.random.wrap_key_data(seed, impl=impl), identity, rank)
-    return segment.start(model, tokens, mask, segment.Rows(prompt, keys, limit, number), slots, window, cache_dtype)
+    rows = segment.Rows(prompt, keys, limit, number)
+    return segment.start(model, tokens, mask, rows, slots, window, config, in_pages)

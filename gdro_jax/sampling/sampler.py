@@ -5,9 +5,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gdro_jax.models import qwen3
+from gdro_jax.models import paged, qwen3
+from gdro_jax.models.sharding import TENSOR_AXIS
 from gdro_jax.sampling import placement
 from gdro_jax.sampling.config import SamplingConfig
 from gdro_jax.sampling.engine import Engine
@@ -27,7 +29,11 @@ class Sampler(Engine):
       mesh: rows lie along all its axes but `tensor`, heads along that one; None for one device.
 
     Raises:
-      ValueError: a stop token outside the vocabulary, or nothing but stop tokens where a response has a least length.
+      ValueError: a stop token outside the vocabulary, nothing but stop tokens where a response has a least length, or
+        pages asked for where they cannot be.
+
+    Attributes:
+      reader: what reads the pages of the cache (`paged.choose`), None where it is contiguous.
     """
 
     def __init__(self, model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None = None):
@@ -39,7 +45,8 @@ class Sampler(Engine):
             raise ValueError(f"min_new_tokens={config.min_new_tokens}: must be 1 where every token is a stop token")
         self.config = config
         self._model = model
-        self._programs = Programs(config, mesh)
+        self.reader = reader(model, config, mesh)
+        self._programs = Programs(config, mesh, self.reader)
         self.slot_steps = 0
 
     def update(self, model: qwen3.Qwen3) -> None:
@@ -108,7 +115,7 @@ class Sampler(Engine):
             seen = jax.device_get(look)
             self.slot_steps += int(seen.slot_steps)
             if seen.live:
-                decoding.move(int(seen.live), int(seen.waiting), int(seen.longest))
+                decoding.move(int(seen.live), int(seen.waiting), bool(seen.full))
                 look = decoding.advance(context)
             ended = book(out, seen.drawn, row_of)
             done, tokens = done + len(ended), tokens + int((seen.drawn.row >= 0).sum())
@@ -130,6 +137,15 @@ class Sampler(Engine):
         if tokens.min() < 0 or tokens.max() >= vocab:
             raise ValueError(f"prompts: token ids must be in 0..{vocab - 1}, found {tokens.min()}..{tokens.max()}")
         return tokens, np.arange(width) < np.asarray(sizes)[:, None]
+
+
+def reader(model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None) -> str | None:
+    """What `config.cache` comes to for a model where it lies: see `paged.choose`."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    heads, over = model.config.num_kv_heads, 1 if mesh is None else mesh.shape.get(TENSOR_AXIS, 1)
+    dtype = config.cache_dtype or str(jnp.dtype(model.compute_dtype or model.embed.dtype))
+    heads = heads // over if heads % over == 0 else heads
+    return paged.choose(config.cache, platform, model.config.head_dim, heads, dtype, config.page_tokens)
 
 
 def ranks(identity: np.ndarray) -> np.ndarray:

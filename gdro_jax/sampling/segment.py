@@ -1,7 +1,7 @@
 """The compiled part of sampling: slots that decode rows, and rows that enter at the step their slot falls free.
 
-Letters: S slots, R rows, N steps of a segment, W positions of the response cache, P prompts, L prompt tokens. All
-numbers are those of one shard of the mesh: shards decode their own rows and wait for nobody within a segment.
+Letters: S slots, R rows, N steps of a segment, P prompts, L prompt tokens. All numbers are those of one shard of the
+mesh: shards decode their own rows and wait for nobody within a segment.
 """
 
 from typing import NamedTuple
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from gdro_jax.models import decode, qwen3
+from gdro_jax.models.pages import Writing
+from gdro_jax.sampling import caches
 from gdro_jax.sampling.config import SamplingConfig
 from gdro_jax.sampling.distribution import sample
-
-_PREFILLED_AT_ONCE = 8192  # prompt tokens
 
 
 class Rows(NamedTuple):
@@ -53,7 +53,7 @@ class State(NamedTuple):
     position: jax.Array
     hidden: jax.Array
     entered: jax.Array
-    cache: decode.Cache
+    cache: caches.Cache
 
 
 class Drawn(NamedTuple):
@@ -76,15 +76,16 @@ class Look(NamedTuple):
 
     Attributes:
       drawn: of all shards' slots.
-      live, waiting, longest: int32, the largest over shards of rows in slots, rows without one, and tokens of a row
-        in a slot; the shapes that come next must hold every shard.
+      live, waiting: int32, the largest over shards of rows in slots and of rows without one; the shapes that come
+        next must hold every shard.
+      full: int32, 1 where the cache of some shard must grow before it goes on, else 0.
       slot_steps: int32, steps times slots over all shards.
     """
 
     drawn: Drawn
     live: jax.Array
     waiting: jax.Array
-    longest: jax.Array
+    full: jax.Array
     slot_steps: jax.Array
 
 
@@ -100,10 +101,11 @@ def start(
     rows: Rows,
     slots: int,
     window: int,
-    cache_dtype: str | None = None,
+    config: SamplingConfig,
+    in_pages: bool,
 ) -> tuple[Context, State]:
     """Runs the prompts int32[P, L] and seats the first rows."""
-    prompts, last = _prefill(model, tokens, mask, cache_dtype)
+    prompts, last, cache = caches.start(model, tokens, mask, slots, window, config, in_pages)
     seat = jnp.arange(slots, dtype=jnp.int32)
     row = jnp.where(seat < rows.number, seat, -1)
     state = State(
@@ -111,37 +113,9 @@ def start(
         position=jnp.zeros(slots, jnp.int32),
         hidden=last[rows.prompt[jnp.maximum(row, 0)]],
         entered=jnp.minimum(rows.number, slots),
-        cache=decode.empty_cache(prompts, slots, window),
+        cache=cache,
     )
     return Context(prompts, last, rows), state
-
-
-def _prefill(
-    model: qwen3.Qwen3, tokens: jax.Array, mask: jax.Array, cache_dtype: str | None
-) -> tuple[decode.Prompts, jax.Array]:
-    """Prompts and their last hidden states, a few prompts at a time: attention needs a lot of memory meanwhile.
-
-    Every pass runs equally many; where they do not come out even the last pass runs some of those before once more.
-    """
-    number, length = tokens.shape
-    passes = -(-number // max(1, _PREFILLED_AT_ONCE // length))
-    size = -(-number // passes)
-
-    def some(tokens: jax.Array, mask: jax.Array) -> tuple[decode.Prompts, jax.Array]:
-        kv, last = qwen3.prefill(model, tokens, mask)
-        return decode.lay_out(kv, cache_dtype), last
-
-    if passes == 1:
-        return some(tokens, mask)
-
-    def one(at: jax.Array, held: tuple[decode.Prompts, jax.Array]) -> tuple[decode.Prompts, jax.Array]:
-        begin = jnp.minimum(at * size, number - size)
-        new, last = some(*(jax.lax.dynamic_slice_in_dim(x, begin, size) for x in (tokens, mask)))
-        return decode.put(held[0], new, begin), jax.lax.dynamic_update_slice_in_dim(held[1], last, begin, 0)
-
-    blank = jax.eval_shape(some, tokens[:1], mask[:1])
-    last = jnp.zeros((number, blank[1].shape[1]), blank[1].dtype)
-    return jax.lax.fori_loop(0, passes, one, (decode.empty_prompts(blank[0], number), last))
 
 
 def resize(state: State, slots: int, window: int) -> State:
@@ -152,7 +126,7 @@ def resize(state: State, slots: int, window: int) -> State:
         state.position[keep],
         state.hidden[keep],
         state.entered,
-        decode.resize(state.cache, keep, window),
+        caches.resize(state.cache, keep, window),
     )
 
 
@@ -165,28 +139,30 @@ def segment(
     tile: int,
     axes: tuple[str, ...] = (),
     in_step: bool = False,
+    reader: str | None = None,
 ) -> tuple[State, Look]:
-    """Decodes until `config.segment` steps are done, a row has outgrown its window, or few rows are left.
+    """Decodes until `config.segment` steps are done, the cache must grow, or few rows are left.
 
     Args:
       model: the policy.
       context: prompts and rows.
-      state: the slots; a row in a slot may have filled its window, then nothing is decoded.
+      state: the slots; the cache may be full, then nothing is decoded.
       leave_at: int32, end when so many rows are left and none waits, 0 to go on to the last.
       config: static, as are the others that follow.
       tile: slots that read a prompt together (`decode.tiles_of`).
       axes: mesh axes that the shards lie along.
       in_step: whether all shards take equally many steps, which they must where devices work together in a step.
+      reader: of a cache in pages (`paged.choose`), None for a contiguous one.
     """
-    steps, slots, window = config.segment, state.row.shape[0], decode.window_of(state.cache)
+    steps, slots = config.segment, state.row.shape[0]
     stops = jnp.asarray(config.stop_tokens, jnp.int32)
 
     def goes_on(carry: tuple[jax.Array, State, Drawn]) -> jax.Array:
         step, state, _ = carry
-        live, _, longest = _numbers(state, context.rows.number)
+        live, _, full = _numbers(state, context)
         if in_step:
-            live, longest = jax.lax.pmax((live, longest), axes)
-        return (step < steps) & (live > leave_at) & (longest < window)
+            live, full = jax.lax.pmax((live, full), axes)
+        return (step < steps) & (live > leave_at) & (full == 0)
 
     def one_step(carry: tuple[jax.Array, State, Drawn]) -> tuple[jax.Array, State, Drawn]:
         step, state, so_far = carry
@@ -198,9 +174,8 @@ def segment(
         now = Drawn(state.row, state.position, out.token, out.logprob, out.policy_logprob, ended, stopped)
         so_far = Drawn(*(x.at[step].set(y) for x, y in zip(so_far, now, strict=True)))
 
-        prompt = rows.prompt[row]
-        tiles = decode.tiles_of(prompt, context.last.shape[0], tile)
-        hidden, cache = decode.decode(model, out.token, state.position, prompt, context.prompts, tiles, state.cache)
+        writing = Writing(live, state.position, rows.prompt[row])
+        hidden, cache = caches.advance(model, out.token, writing, ended, context.prompts, state.cache, tile, reader)
 
         following = state.entered + jnp.cumsum(ended) - 1
         enters = ended & (following < rows.number)
@@ -223,11 +198,11 @@ def segment(
     numbers = [blank(0, jnp.float32)] * 2
     nothing = Drawn(blank(-1, jnp.int32), *[blank(0, jnp.int32)] * 2, *numbers, *[blank(False, bool)] * 2)
     done, state, drawn = jax.lax.while_loop(goes_on, one_step, (jnp.int32(0), state, nothing))
-    return state, _look(done, state, drawn, context.rows.number, axes)
+    return state, _look(done, state, drawn, context, axes)
 
 
-def _look(done: jax.Array, state: State, drawn: Drawn, number: jax.Array, axes: tuple[str, ...]) -> Look:
-    numbers, slot_steps = _numbers(state, number), done * state.row.shape[0]
+def _look(done: jax.Array, state: State, drawn: Drawn, context: Context, axes: tuple[str, ...]) -> Look:
+    numbers, slot_steps = _numbers(state, context), done * state.row.shape[0]
     if axes:
         drawn = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), drawn)
         numbers = jax.lax.pmax(numbers, axes)
@@ -235,7 +210,8 @@ def _look(done: jax.Array, state: State, drawn: Drawn, number: jax.Array, axes: 
     return Look(drawn, *numbers, slot_steps)
 
 
-def _numbers(state: State, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows in slots, rows still waiting, and the most tokens of a row in a slot."""
-    live = state.row >= 0
-    return live.sum(), (number - state.entered)[0], jnp.where(live, state.position, 0).max()
+def _numbers(state: State, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows in slots, rows still waiting, and whether the cache is full."""
+    rows, live = context.rows, state.row >= 0
+    writing = Writing(live, state.position, rows.prompt[jnp.maximum(state.row, 0)])
+    return live.sum(), (rows.number - state.entered)[0], caches.full(state.cache, context.prompts, writing)

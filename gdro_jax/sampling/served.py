@@ -72,6 +72,8 @@ class ServedModel(Engine):
             raise ValueError("config: a served model samples from the whole distribution at a temperature above 0")
         if config.cache_dtype is not None:
             raise ValueError(f"cache_dtype={config.cache_dtype!r}: must be None; the server chooses its own")
+        if config.cache != "auto":
+            raise ValueError(f"cache={config.cache!r}: must be auto; the server chooses its own")
         self.config, self.slot_steps = config, 0
         self._url, self._name, self._timeout, self._push = url.rstrip("/"), name, timeout, push
         self._pushed: qwen3.Qwen3 | None = None

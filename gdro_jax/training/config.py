@@ -238,8 +238,8 @@ class GenerationConfig:
     """How training responses are sampled; the stop tokens are the model's own.
 
     Attributes:
-      max_new_tokens, temperature, slots, segment, cache_dtype: see `gdro_jax.sampling.SamplingConfig`; the last three
-        hold for evaluation too.
+      max_new_tokens, temperature, slots, segment, cache_dtype, cache, page_tokens: see
+        `gdro_jax.sampling.SamplingConfig`; the last five hold for evaluation too.
       top_p, top_k, min_p, min_new_tokens: see there; training refuses whatever cuts the distribution off.
       gap_tolerance: a run whose sampler and trainer differ by more than this in log-probability, on average over
         tokens, refuses to start; None does not compare.
@@ -259,6 +259,8 @@ class GenerationConfig:
     slots: int | None = None
     segment: int = 32
     cache_dtype: str | None = None
+    cache: str = "auto"
+    page_tokens: int = 64
     gap_tolerance: float | None = 0.05
     server: str | None = None
     server_folder: str | None = None
@@ -282,6 +284,8 @@ class GenerationConfig:
         _check(ok, "sampling", "server_timeout", self.server_timeout, "above 0 seconds, and finite")
         ok = self.server is None or self.cache_dtype is None
         _check(ok, "sampling", "cache_dtype", self.cache_dtype, "null with sampling.server, which chooses its own")
+        ok = self.server is None or self.cache == "auto"
+        _check(ok, "sampling", "cache", self.cache, "auto with sampling.server, which chooses its own")
 
     def build(self, stop_tokens: tuple[int, ...]) -> SamplingConfig:
         """The sampler's own configuration."""
@@ -296,6 +300,8 @@ class GenerationConfig:
             slots=self.slots,
             segment=self.segment,
             cache_dtype=self.cache_dtype,
+            cache=self.cache,
+            page_tokens=self.page_tokens,
         )
 
 

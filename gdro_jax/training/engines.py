@@ -3,7 +3,7 @@
 import jax
 
 from gdro_jax.models import qwen3
-from gdro_jax.sampling import Engine, Sampler, ServedModel, served
+from gdro_jax.sampling import Engine, Sampler, SamplingConfig, ServedModel, served
 from gdro_jax.training import processes, setup
 from gdro_jax.training.config import Config
 from gdro_jax.training.export import save_policy
@@ -16,7 +16,7 @@ def make(config: Config, policy: setup.Policy, mesh: jax.sharding.Mesh | None = 
     if url is not None and processes.count() > 1:
         raise setup.InputError(f"sampling.server={url!r}: must be null in a job of {processes.count()} processes")
     if url is None or folder is None:
-        return Sampler(policy.model, built, mesh)
+        return sampler(policy.model, built, mesh)
 
     def push(model: qwen3.Qwen3) -> None:
         save_policy(model, folder, setup.tokenizer_folder(config.model), policy.stop_tokens)
@@ -24,3 +24,15 @@ def make(config: Config, policy: setup.Policy, mesh: jax.sharding.Mesh | None = 
 
     name = settings.server_model or folder
     return ServedModel(url, name, built, timeout=settings.server_timeout, push=push)
+
+
+def sampler(model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None = None) -> Sampler:
+    """The package's own sampler.
+
+    Raises:
+      InputError: a setting that the model, or the devices it is on, cannot do.
+    """
+    try:
+        return Sampler(model, config, mesh)
+    except ValueError as error:
+        raise setup.InputError(f"sampling.{error}") from None

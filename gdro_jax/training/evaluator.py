@@ -8,8 +8,7 @@ from gdro_jax import rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.evaluation import run as evaluation
 from gdro_jax.evaluation import summarise
-from gdro_jax.sampling import Sampler
-from gdro_jax.training import setup
+from gdro_jax.training import engines, setup
 from gdro_jax.training.config import Config
 from gdro_jax.training.records import Record
 
@@ -23,7 +22,7 @@ class Evaluator:
         self._all = parts.heldout
         self._some = prompt_data.first_per_stratum(parts.heldout, config.eval.problems_per_stratum)
         settings = config.eval_sampling(parts.policy.stop_tokens)
-        self._sampler = Sampler(parts.policy.model, settings, parts.layout.mesh)
+        self._sampler = engines.sampler(parts.policy.model, settings, parts.layout.mesh)
 
     def __call__(self, model: Any, key: jax.Array, final: bool) -> tuple[Record, int]:
         """Summaries and the number of responses they took.
