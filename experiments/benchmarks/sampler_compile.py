@@ -28,6 +28,7 @@ from gdro_jax.models.presets import PRESETS
 from gdro_jax.models.sharding import param_sharding
 from gdro_jax.sampling import SamplingConfig
 from gdro_jax.sampling.programs import Asked, Programs
+from gdro_jax.sampling.sampler import reader
 
 GIB = 2**30
 
@@ -44,13 +45,21 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=4096)
     parser.add_argument("--slots", type=int, default=16, help="rows of a shard decoded at a time")
     parser.add_argument("--cache-dtype", choices=("bfloat16", "int8"))
+    parser.add_argument("--cache", choices=("contiguous", "paged"), default="contiguous")
+    parser.add_argument(
+        "--window", type=int, help="tokens of response that there is room for in a slot, all by default"
+    )
     asked = parser.parse_args()
     devices = np.asarray(topologies.get_topology_desc(asked.topology, platform="tpu").devices)
     shape = (devices.size // asked.tensor, asked.tensor)
     types = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.sharding.Mesh(devices.reshape(shape), ("data", "tensor"), axis_types=types)
     config = SamplingConfig(
-        max_new_tokens=asked.new_tokens, stop_tokens=(151_643,), slots=asked.slots, cache_dtype=asked.cache_dtype
+        max_new_tokens=asked.new_tokens,
+        stop_tokens=(151_643,),
+        slots=asked.slots,
+        cache_dtype=asked.cache_dtype,
+        cache=asked.cache,
     )
     line: dict[str, object] = dict(vars(asked)) | {"chip": devices.flat[0].device_kind, "chips": devices.size}
     line |= compiled(mesh, config, asked)
@@ -59,11 +68,11 @@ def main() -> None:
 
 def compiled(mesh: jax.sharding.Mesh, config: SamplingConfig, asked: argparse.Namespace) -> dict[str, object]:
     """Seconds and GiB of a chip for each program."""
-    programs = Programs(config, mesh)
     arguments = shapes(mesh, asked)
-    settings = {"slots": asked.slots, "window": asked.new_tokens, "impl": "threefry2x32"}
-    kernel = arguments[0].kernel
-    line: dict[str, Any] = {"attention": kernel, "weights_gib": held_by_chip(arguments[0])}
+    model, window = arguments[0], asked.window or asked.new_tokens
+    programs = Programs(config, mesh, reader(model, config, mesh))
+    settings = {"slots": asked.slots, "window": window, "impl": "threefry2x32"}
+    line: dict[str, Any] = {"attention": model.kernel, "window": window, "weights_gib": held_by_chip(model)}
     begin, line["start"] = timed(programs.starting, *arguments, **settings)
     if begin is None:  # where the state lies is known of a compiled program only
         return line
@@ -74,6 +83,8 @@ def compiled(mesh: jax.sharding.Mesh, config: SamplingConfig, asked: argparse.Na
     )
     leave_at = jax.ShapeDtypeStruct((), jnp.int32, sharding=arguments[2].sharding)
     line |= {"prompts_gib": held_by_chip(held[0].prompts), "cache_gib": held_by_chip(held[1].cache)}
+    if config.cache == "paged":
+        line["page_tokens"] = config.page_tokens
     line["grow_gib"] = round(line["weights_gib"] + line["prompts_gib"] + 1.5 * line["cache_gib"], 3)
     _, line["segment"] = timed(programs.decoding, arguments[0], *held, leave_at, tile=min(4, asked.rollouts))
     return line

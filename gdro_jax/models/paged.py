@@ -18,9 +18,8 @@ from gdro_jax.models.sharding import TENSOR_AXIS
 
 KINDS = ("auto", "contiguous", "paged")
 READERS = ("gather", "kernel")
-INTERPRETED = "kernel_interpreted"  # the same kernel run by an interpreter, for tests on any platform
 _LANES, _ROWS = 128, 16  # what a TPU's memory is tiled by, for heads and for tokens of a page
-_TOKENS_AT_ONCE, _SLOTS_AT_ONCE = 256, 8  # of the kernel: tokens read while the ones before are worked on
+_TOKENS_AT_ONCE = 256  # that the kernel reads while it works on those before
 
 
 def choose(asked: str, platform: str, head_dim: int, heads: int, dtype: str, page: int) -> str | None:
@@ -68,7 +67,7 @@ def step(
       writing: nothing is kept of slots that are not going, and what comes out for them is meaningless.
       length: int32[P], tokens of each prompt.
       pages: of the slots.
-      reader: one of `READERS`, or `INTERPRETED`; static.
+      reader: one of `READERS`; static.
 
     Returns:
       The final hidden state [S, D], which predicts the next response token, and the pages with one more token each.
@@ -133,7 +132,7 @@ def _attend(
     pool = pool.at[layer, to, offset].set(new, mode="drop", unique_indices=True)
     layers, total, *rest = pool.shape
     flat, places = pool.reshape(layers * total, *rest), table + layer * total  # a slice of the pool would be a copy
-    read = _gather if reader == "gather" else functools.partial(_kernel, interpret=reader == INTERPRETED)
+    read = _gather if reader == "gather" else _kernel
     return read(q, flat, places, seen).astype(q.dtype), pool
 
 
@@ -147,24 +146,18 @@ def _gather(q: jax.Array, pool: jax.Array, table: jax.Array, seen: jax.Array) ->
     return mixed.reshape(q.shape)
 
 
-def _kernel(q: jax.Array, pool: jax.Array, table: jax.Array, seen: jax.Array, interpret: bool) -> jax.Array:
-    from jax.experimental.pallas import tpu as pltpu
+def _kernel(q: jax.Array, pool: jax.Array, table: jax.Array, seen: jax.Array) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-    def run() -> jax.Array:
-        return ragged_paged_attention(
-            q,
-            pool,
-            seen,
-            table,
-            jnp.arange(len(q) + 1, dtype=jnp.int32),  # one query of each row
-            jnp.full(1, len(q), jnp.int32),
-            sm_scale=q.shape[2] ** -0.5,
-            num_kv_pages_per_block=max(1, min(table.shape[1], _TOKENS_AT_ONCE // pool.shape[1])),
-            num_queries_per_block=min(len(q), _SLOTS_AT_ONCE),
-        )
-
-    if not interpret:
-        return run()
-    with pltpu.force_tpu_interpret_mode():
-        return run()
+    rows = len(q)
+    return ragged_paged_attention(
+        q,
+        pool,
+        seen,
+        table,
+        jnp.arange(rows + 1, dtype=jnp.int32),  # one query of each row
+        jnp.full(1, rows, jnp.int32),
+        sm_scale=q.shape[2] ** -0.5,
+        num_kv_pages_per_block=max(1, min(table.shape[1], _TOKENS_AT_ONCE // pool.shape[1])),
+        num_queries_per_block=1,  # a block is worked on as a whole for each row in it
+    )
