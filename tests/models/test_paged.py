@@ -117,6 +117,7 @@ def test_pages_come_and_go_for_as_long_as_there_are_any(page: int) -> None:
     assert grown == 1
 
 
+@pytest.mark.slow
 def test_the_kernel_reads_what_plain_jax_reads(interpreted) -> None:
     rng = np.random.default_rng(0)
     pool, q = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((11, 16, 4, 128), (5, 8, 128)))
