@@ -154,6 +154,8 @@ def test_what_is_cut_off_is_never_drawn():
         ("stop_tokens", (3, -1)),
         ("slots", 0),
         ("cache_dtype", "float16"),
+        ("cache", "pages"),
+        ("page_tokens", 0),
     ],
 )
 def test_a_bad_setting_names_itself(field, value):

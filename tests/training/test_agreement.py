@@ -8,7 +8,7 @@ import pytest
 
 from gdro_jax.models import qwen3
 from gdro_jax.sampling import Engine, Sampler, SamplingConfig
-from gdro_jax.training import agreement, overlap
+from gdro_jax.training import agreement, engines, overlap, setup
 
 PROMPTS = np.array([[5, 9, 33], [70, 1, 0], [12, 0, 0]], np.int32)
 MASK = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0]], bool)
@@ -43,6 +43,19 @@ def test_a_cache_of_fewer_bits_moves_the_sampler_a_little(tiny_model, configure,
     assert 1e-4 < gaps[0] < 0.05 and 1e-4 < gaps[1] < 0.05
     trainer = launch(configure("sampling.cache_dtype=int8"))
     assert trainer._sampler.config.cache_dtype == "int8"
+
+
+def test_a_run_may_keep_its_cache_in_pages(tiny_model, configure, monkeypatch):
+    """What is sampled is the trainer's own distribution still; pages are as long as is said."""
+    config = configure("sampling.cache=paged", "sampling.page_tokens=5", "sampling.max_new_tokens=6").sampling.build(
+        stop_tokens=(3, 9)
+    )
+    sampler = engines.sampler(tiny_model, config)
+    assert sampler.reader == "gather" and sampler.config.page_tokens == 5
+    assert gap_of(sampler, tiny_model, 1.0).largest < 1e-5
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(setup.InputError, match=r"sampling\.cache='paged': needs heads of a multiple of 128 on a TPU"):
+        engines.sampler(tiny_model, config)
 
 
 def test_a_run_whose_sampler_disagrees_does_not_start(configure, launch):

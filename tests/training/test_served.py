@@ -165,6 +165,7 @@ def test_nobody_there():
         ({"config": SamplingConfig(max_new_tokens=3, top_k=3)}, "samples from the whole distribution"),
         ({"config": SamplingConfig(max_new_tokens=3, temperature=0.0)}, "samples from the whole distribution"),
         ({"config": SamplingConfig(max_new_tokens=3, cache_dtype="int8")}, "cache_dtype='int8': must be None"),
+        ({"config": SamplingConfig(max_new_tokens=3, cache="paged")}, "cache='paged': must be auto"),
     ],
 )
 def test_what_a_server_cannot_do_is_refused(change, words):
