@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 def over(q: jax.Array, kv: KV, mask: jax.Array) -> Part:
     """Attention of q [N, K, M, C] over one layer's keys and values of U positions where mask bool[N, U]."""
-    products = jnp.einsum("nkmc,nkuc->nkmu", q, kv.k.astype(q.dtype), preferred_element_type=jnp.float32)
+    products = _products(q, kv.k.astype(q.dtype))
     if kv.k_scale is not None:
         products = products * kv.k_scale[:, :, None]
     scores = jnp.where(mask[:, None, None], products * q.shape[-1] ** -0.5, recompute.MASKED)
@@ -50,6 +50,21 @@ def over(q: jax.Array, kv: KV, mask: jax.Array) -> Part:
     values = kv.v.astype(q.dtype)
     mixed = jnp.einsum("nkmu,nkuc->nkmc", scaled.astype(q.dtype), values, preferred_element_type=jnp.float32)
     return Part(top, weights.sum(-1), mixed)
+
+
+def _products(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q [N, K, M, C] times keys [N, K, U, C]: float32[N, K, M, U].
+
+    The CPU's product of matrices is slow where the second is laid out so: a few queries are better taken one by one.
+    """
+
+    def at_once(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.einsum("nkmc,nkuc->nkmu", q, k, preferred_element_type=jnp.float32)
+
+    def one_by_one(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.concatenate([at_once(q[:, :, m : m + 1], k) for m in range(q.shape[2])], axis=2)
+
+    return jax.lax.platform_dependent(q, k, cpu=one_by_one if q.shape[2] <= 4 else at_once, default=at_once)
 
 
 def merge(parts: list[Part]) -> jax.Array:
