@@ -5,7 +5,8 @@
 Needs `pip install -e '.[tpu]'`. One JSON line. Rows lie along the slice, heads along `--tensor` chips; the two
 programs that hold most are compiled: prompts run and rows seated, and a segment of decoding at the longest window. A
 program that does not fit is a result: `refused`, in the compiler's words. `grow_gib` is what lies on a chip while the
-cache grows from half its length to all of it: weights, prompts, the old cache and the new one.
+cache grows to the size compiled from half of that: weights, prompts, the old cache and the new one. `--cache paged`
+holds prompts and responses in one pool, `cache_gib`; `--window` is how many tokens it has for a slot on average.
 """
 
 import argparse
@@ -46,9 +47,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16, help="rows of a shard decoded at a time")
     parser.add_argument("--cache-dtype", choices=("bfloat16", "int8"))
     parser.add_argument("--cache", choices=("contiguous", "paged"), default="contiguous")
-    parser.add_argument(
-        "--window", type=int, help="tokens of response that there is room for in a slot, all by default"
-    )
+    parser.add_argument("--page-tokens", type=int, default=64)
+    parser.add_argument("--window", type=int, help="tokens of response with room in a slot, by default all")
     asked = parser.parse_args()
     devices = np.asarray(topologies.get_topology_desc(asked.topology, platform="tpu").devices)
     shape = (devices.size // asked.tensor, asked.tensor)
@@ -60,6 +60,7 @@ def main() -> None:
         slots=asked.slots,
         cache_dtype=asked.cache_dtype,
         cache=asked.cache,
+        page_tokens=asked.page_tokens,
     )
     line: dict[str, object] = dict(vars(asked)) | {"chip": devices.flat[0].device_kind, "chips": devices.size}
     line |= compiled(mesh, config, asked)
@@ -83,8 +84,6 @@ def compiled(mesh: jax.sharding.Mesh, config: SamplingConfig, asked: argparse.Na
     )
     leave_at = jax.ShapeDtypeStruct((), jnp.int32, sharding=arguments[2].sharding)
     line |= {"prompts_gib": held_by_chip(held[0].prompts), "cache_gib": held_by_chip(held[1].cache)}
-    if config.cache == "paged":
-        line["page_tokens"] = config.page_tokens
     line["grow_gib"] = round(line["weights_gib"] + line["prompts_gib"] + 1.5 * line["cache_gib"], 3)
     _, line["segment"] = timed(programs.decoding, arguments[0], *held, leave_at, tile=min(4, asked.rollouts))
     return line

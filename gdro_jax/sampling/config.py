@@ -27,6 +27,9 @@ class SamplingConfig:
         time; `paged`, as many pages as a row has tokens; `auto`, `paged` on a TPU where its kernel can run, else
         `contiguous`. Off a TPU pages are read by plain JAX, slowly.
       page_tokens: tokens of a page; a row's last page is half empty on average, and so is its prompt's.
+      cache_tokens: tokens of a response that there are pages for in every slot at first, one may have more where
+        another has less; about what rows hold at once, at most. When they hold more there is room for twice as many,
+        then for the longest. None for 3/16 of the longest. Of pages only.
 
     Raises:
       ValueError: naming the field, the value and what is allowed.
@@ -44,6 +47,7 @@ class SamplingConfig:
     cache_dtype: str | None = None
     cache: str = "auto"
     page_tokens: int = 64
+    cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -74,6 +78,10 @@ class SamplingConfig:
             raise ValueError("cache='paged': must be auto or contiguous with cache_dtype=int8, pages have no scales")
         if self.page_tokens < 1:
             raise ValueError(f"page_tokens={self.page_tokens}: must be at least 1")
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise ValueError(f"cache_tokens={self.cache_tokens}: must be at least 1, or None for 3/16 of the longest")
+        if self.cache_tokens is not None and self.cache == "contiguous":
+            raise ValueError(f"cache_tokens={self.cache_tokens}: must be None with cache=contiguous, it is of pages")
 
     @property
     def truncates(self) -> bool:

@@ -50,20 +50,30 @@ class Asked(NamedTuple):
     number: Array
 
 
-def stages(config: SamplingConfig, slots: int, in_pages: bool = False) -> tuple[list[Stage], list[Stage]]:
+def stages(config: SamplingConfig, slots: int) -> tuple[list[Stage], list[Stage]]:
     """Stages with all slots, their windows doubling, and those that follow them, their slots halving.
 
     Where nothing stops a row early, rows end together and slots are never halved: those programs are not compiled.
-    In pages an idle slot has nothing to be read, so slots are not halved either.
     """
     longest = config.max_new_tokens
     windows, rungs = [longest], [slots]
     if longest > config.segment:
         while len(windows) <= 2 and windows[0] >= _SHORTEST_HALVED:
             windows.insert(0, (windows[0] + 1) // 2)
-        while config.stop_tokens and not in_pages and len(rungs) <= _HALVINGS and rungs[-1] >= 2 * _FEWEST_SLOTS:
+        while config.stop_tokens and len(rungs) <= _HALVINGS and rungs[-1] >= 2 * _FEWEST_SLOTS:
             rungs.append((rungs[-1] + 1) // 2)
     return [Stage(slots, window) for window in windows], [Stage(n, longest) for n in rungs[1:]]
+
+
+def stages_in_pages(config: SamplingConfig, slots: int) -> list[Stage]:
+    """Stages of a cache in pages: room for a part of the longest row in every slot, for twice that, for the longest.
+
+    Slots are not halved: an idle one holds no pages, and nothing is read for it.
+    """
+    longest, first = config.max_new_tokens, config.cache_tokens
+    if first is None:  # rows of lengths with a heavy tail hold up to 3/8 of the longest, refilled
+        first = longest if longest < _SHORTEST_HALVED else -(-3 * longest // 16)
+    return [Stage(slots, window) for window in sorted({min(first, longest), min(2 * first, longest), longest})]
 
 
 class Programs:
@@ -95,7 +105,9 @@ class Programs:
     def start(self, model: qwen3.Qwen3, asked: Asked, key: jax.Array, slots: int) -> tuple["Decoding", segment.Context]:
         """Prompts run and first rows seated; at a new shape every program is compiled before that."""
         tile = min(_LARGEST_TILE, 1 << max(0, (len(asked.prompt) // len(asked.tokens)).bit_length() - 1))
-        growing, shrinking = stages(self._config, slots, self._in_pages)
+        growing, shrinking = stages(self._config, slots)
+        if self._in_pages:
+            growing, shrinking = stages_in_pages(self._config, slots), []
         on_devices = jax.tree.map(lambda x: self._put(x, self._split), asked)
         seed, impl = self._put(np.asarray(jax.random.key_data(key)), PartitionSpec()), str(jax.random.key_impl(key))
         begin = functools.partial(

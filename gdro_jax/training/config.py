@@ -238,8 +238,8 @@ class GenerationConfig:
     """How training responses are sampled; the stop tokens are the model's own.
 
     Attributes:
-      max_new_tokens, temperature, slots, segment, cache_dtype, cache, page_tokens: see
-        `gdro_jax.sampling.SamplingConfig`; the last five hold for evaluation too.
+      max_new_tokens, temperature, slots, segment, cache_dtype, cache, page_tokens, cache_tokens: see
+        `gdro_jax.sampling.SamplingConfig`; the last six hold for evaluation too.
       top_p, top_k, min_p, min_new_tokens: see there; training refuses whatever cuts the distribution off.
       gap_tolerance: a run whose sampler and trainer differ by more than this in log-probability, on average over
         tokens, refuses to start; None does not compare.
@@ -261,6 +261,7 @@ class GenerationConfig:
     cache_dtype: str | None = None
     cache: str = "auto"
     page_tokens: int = 64
+    cache_tokens: int | None = None
     gap_tolerance: float | None = 0.05
     server: str | None = None
     server_folder: str | None = None
@@ -302,6 +303,7 @@ class GenerationConfig:
             cache_dtype=self.cache_dtype,
             cache=self.cache,
             page_tokens=self.page_tokens,
+            cache_tokens=self.cache_tokens,
         )
 
 

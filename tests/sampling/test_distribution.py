@@ -156,6 +156,7 @@ def test_what_is_cut_off_is_never_drawn():
         ("cache_dtype", "float16"),
         ("cache", "pages"),
         ("page_tokens", 0),
+        ("cache_tokens", 0),
     ],
 )
 def test_a_bad_setting_names_itself(field, value):

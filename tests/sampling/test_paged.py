@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def in_pages(model):
-    return Sampler(model, SamplingConfig(**SETTINGS, slots=8, cache="paged", page_tokens=PAGE))
+    return Sampler(model, SamplingConfig(**SETTINGS, slots=8, cache="paged", page_tokens=PAGE, cache_tokens=60))
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +130,5 @@ def test_what_reads_the_cache_is_known_before_the_first_call(tiny_model):
     assert reader(cache="paged") == "gather"
     with pytest.raises(ValueError, match=r"cache='paged': must be auto or contiguous with cache_dtype=int8"):
         reader(cache="paged", cache_dtype="int8")
+    with pytest.raises(ValueError, match=r"cache_tokens=9: must be None with cache=contiguous"):
+        reader(cache="contiguous", cache_tokens=9)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gdro_jax.sampling import Sampler, SamplingConfig, empty
-from gdro_jax.sampling.programs import stages
+from gdro_jax.sampling.programs import stages, stages_in_pages
 from gdro_jax.training.compiles import CompileCounter
 
 PROMPTS = np.array([[5, 9, 33, 0, 0, 0], [70, 0, 0, 0, 0, 0], [12, 13, 14, 15, 16, 17], [99, 3, 0, 0, 0, 0]], np.int32)
@@ -118,6 +118,24 @@ def test_stopping_to_listen_leaves_the_sampler_usable(refilled, result):
 def test_stages(length, slots, growing, shrinking):
     assert stages(SamplingConfig(max_new_tokens=length, stop_tokens=(1,)), slots) == (growing, shrinking)
     assert stages(SamplingConfig(max_new_tokens=length), slots) == (growing, [])  # all rows end together
+
+
+@pytest.mark.parametrize(
+    ("longest", "first", "windows"),
+    [
+        (4096, None, [768, 1536, 4096]),
+        (512, None, [96, 192, 512]),
+        (140, None, [27, 54, 140]),
+        (139, None, [139]),
+        (4096, 1300, [1300, 2600, 4096]),
+        (4096, 2048, [2048, 4096]),
+        (100, 80, [80, 100]),
+        (100, 400, [100]),
+    ],
+)
+def test_stages_in_pages(longest, first, windows):
+    config = SamplingConfig(max_new_tokens=longest, stop_tokens=(1,), cache="paged", cache_tokens=first)
+    assert stages_in_pages(config, 7) == [(7, window) for window in windows]
 
 
 def test_a_response_has_its_least_length_and_stops_after_it(tiny_model):

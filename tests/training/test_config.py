@@ -137,6 +137,7 @@ def test_floats_in_every_spelling(text, value):
         ("sampling", "cache_dtype", "int4"),
         ("sampling", "cache", "pages"),
         ("sampling", "page_tokens", 0),
+        ("sampling", "cache_tokens", 0),
         ("sampling", "gap_tolerance", -0.1),
         ("sampling", "server", "localhost:8000"),
         ("sampling", "server_folder", "served"),  # without a server

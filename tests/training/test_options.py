@@ -80,6 +80,7 @@ SHOWN = {
     "sampling.cache_dtype": "training/test_agreement.py::test_a_cache_of_fewer_bits_moves_the_sampler_a_little",
     "sampling.cache": "training/test_agreement.py::test_a_run_may_keep_its_cache_in_pages",
     "sampling.page_tokens": "training/test_agreement.py::test_a_run_may_keep_its_cache_in_pages",
+    "sampling.cache_tokens": "sampling/test_refill.py::test_stages_in_pages",
     "sampling.segment": "training/test_agreement.py::test_segments_are_handed_to_the_grader_as_they_end",
     "sampling.gap_tolerance": "training/test_agreement.py::test_a_run_whose_sampler_disagrees_does_not_start",
     "sampling.server": "training/test_served.py::test_a_run_by_a_served_model_brings_it_every_policy",
