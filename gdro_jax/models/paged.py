@@ -19,6 +19,7 @@ from gdro_jax.models.sharding import TENSOR_AXIS
 KINDS = ("auto", "contiguous", "paged")
 READERS = ("gather", "kernel")
 _LANES, _ROWS = 128, 16  # what a TPU's memory is tiled by, for heads and for tokens of a page
+_TABLE_BYTES = 960 * 1024  # of pages' numbers that fit a TPU's memory of scalars, 1 MiB, at a time
 _TOKENS_AT_ONCE = 256  # that the kernel reads while it works on those before
 
 
@@ -149,15 +150,19 @@ def _gather(q: jax.Array, pool: jax.Array, table: jax.Array, seen: jax.Array) ->
 def _kernel(q: jax.Array, pool: jax.Array, table: jax.Array, seen: jax.Array) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-    rows = len(q)
-    return ragged_paged_attention(
-        q,
-        pool,
-        seen,
-        table,
-        jnp.arange(rows + 1, dtype=jnp.int32),  # one query of each row
-        jnp.full(1, rows, jnp.int32),
-        sm_scale=q.shape[2] ** -0.5,
-        num_kv_pages_per_block=max(1, min(table.shape[1], _TOKENS_AT_ONCE // pool.shape[1])),
-        num_queries_per_block=1,  # a block is worked on as a whole for each row in it
-    )
+    def read(some: slice) -> jax.Array:
+        rows = len(q[some])
+        return ragged_paged_attention(
+            q[some],
+            pool,
+            seen[some],
+            table[some],
+            jnp.arange(rows + 1, dtype=jnp.int32),  # one query of each row
+            jnp.full(1, rows, jnp.int32),
+            sm_scale=q.shape[2] ** -0.5,
+            num_kv_pages_per_block=max(1, min(table.shape[1], _TOKENS_AT_ONCE // pool.shape[1])),
+            num_queries_per_block=1,  # a block is worked on as a whole for each row in it
+        )
+
+    most = max(1, _TABLE_BYTES // (4 * _LANES * -(-table.shape[1] // _LANES)))
+    return jnp.concatenate([read(slice(start, start + most)) for start in range(0, len(q), most)])

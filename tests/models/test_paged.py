@@ -118,7 +118,9 @@ def test_pages_come_and_go_for_as_long_as_there_are_any(page: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_kernel_reads_what_plain_jax_reads(interpreted) -> None:
+@pytest.mark.parametrize("rows_at_once", [5, 2])
+def test_the_kernel_reads_what_plain_jax_reads(monkeypatch, interpreted, rows_at_once) -> None:
+    monkeypatch.setattr(paged, "_TABLE_BYTES", rows_at_once * 128 * 4)
     rng = np.random.default_rng(0)
     pool, q = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((11, 16, 4, 128), (5, 8, 128)))
     table, seen = jnp.asarray(rng.integers(0, 11, (5, 20)), jnp.int32), jnp.array([1, 16, 17, 320, 300], jnp.int32)
