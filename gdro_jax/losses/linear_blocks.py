@@ -28,15 +28,12 @@ class Head(NamedTuple):
     held: Any
 
 
-Wanted = tuple[bool, bool]
-
-
 class Form(NamedTuple):
     """`ahead(hidden [n, D], weight [V, D], targets int32[n], temperature) -> Head`.
 
-    `back(held, slope, hidden, weight, targets, weight_bar, wanted) -> (hidden_bar, weight_bar)`: float32[n] slopes of
-    the loss in the log-probabilities, over the temperature, become the gradient of the hidden states and are added to
-    that of the head, float32[V, D]; None where not wanted.
+    `back(held, slope, hidden, weight, targets, weight_bar, for_hidden) -> (hidden_bar, weight_bar)`: float32[n] slopes
+    of the loss in the log-probabilities, over the temperature, become the gradient of the hidden states, None unless
+    `for_hidden`, and are added to that of the head, float32[V, D], or None where it gets none.
     """
 
     ahead: Callable[[Array, Array, Array, float], Head]
@@ -49,12 +46,18 @@ def _ahead(hidden: Array, weight: Array, targets: Array, temperature: float) -> 
 
 
 def _back(
-    held: Softmax, slope: Array, hidden: Array, weight: Array, targets: Array, weight_bar: Array | None, wanted: Wanted
+    held: Softmax,
+    slope: Array,
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    weight_bar: Array | None,
+    for_hidden: bool,
 ) -> tuple[Array | None, Array | None]:
     hot = jnp.arange(weight.shape[0]) == targets[:, None]
     logit_bar = jnp.where(hot, slope[:, None], 0) - (slope / held.total)[:, None] * held.exps
-    hidden_bar = hidden_gradient(logit_bar, hidden, weight) if wanted[0] else None
-    return hidden_bar, weight_bar + weight_gradient(logit_bar, hidden, weight) if wanted[1] else None
+    hidden_bar = hidden_gradient(logit_bar, hidden, weight) if for_hidden else None
+    return hidden_bar, None if weight_bar is None else weight_bar + weight_gradient(logit_bar, hidden, weight)
 
 
 WHOLE = Form(_ahead, _back)
@@ -126,7 +129,7 @@ def _blocked_ahead(hidden: Array, weight: Array, targets: Array, temperature: fl
 
 
 def _blocked_back(
-    held: _Held, slope: Array, hidden: Array, weight: Array, targets: Array, weight_bar: Array | None, wanted: Wanted
+    held: _Held, slope: Array, hidden: Array, weight: Array, targets: Array, weight_bar: Array | None, for_hidden: bool
 ) -> tuple[Array | None, Array | None]:
     def step(at: Array, sums: tuple[Any, Any]) -> tuple[Any, Any]:
         block, (hidden_bar, weight_bar) = _Block.of(at, weight), sums
@@ -134,15 +137,15 @@ def _blocked_back(
         logit_bar = jnp.where(block.hot(targets), slope, 0) - jnp.where(block.fresh, slope * exps, 0)
         logit_bar = logit_bar.astype(weight.dtype)
         product = partial(jnp.matmul, preferred_element_type=jnp.float32)
-        if wanted[0]:
+        if for_hidden:
             hidden_bar = hidden_bar + product(logit_bar.T, block.weight)
-        if wanted[1]:
+        if weight_bar is not None:
             before = jax.lax.dynamic_slice_in_dim(weight_bar, block.start, BLOCK)
             after = before + product(logit_bar, hidden.astype(weight.dtype))
             weight_bar = jax.lax.dynamic_update_slice_in_dim(weight_bar, after, block.start, 0)
         return hidden_bar, weight_bar
 
-    begun = (jnp.zeros(hidden.shape, jnp.float32) if wanted[0] else None, weight_bar)
+    begun = (jnp.zeros(hidden.shape, jnp.float32) if for_hidden else None, weight_bar)
     hidden_bar, weight_bar = jax.lax.fori_loop(0, len(held.logits), step, begun)
     return None if hidden_bar is None else hidden_bar.astype(hidden.dtype), weight_bar
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gdro_jax.losses.linear_blocks import BLOCK, BLOCKED, WHOLE, Form, Wanted
+from gdro_jax.losses.linear_blocks import BLOCK, BLOCKED, WHOLE, Form
 from gdro_jax.losses.linear_logprob import checked, chunk_rows
 
 LossFn = Callable[..., Array]
@@ -119,7 +119,7 @@ def _run(
     targets: Array,
     active: Array,
     args: tuple[Array, ...],
-    wanted: Wanted,
+    wanted: tuple[bool, bool],
 ) -> _Sums:
     """All chunks that hold an active token, active tokens first; results in the order of the arguments."""
     rows, size = hidden.shape[0], min(static.chunk, hidden.shape[0])
@@ -163,7 +163,7 @@ def _run(
 def _chunk(
     form: Form,
     static: _Static,
-    wanted: Wanted,
+    wanted: tuple[bool, bool],
     weight: Array,
     weight_bar: Array | None,
     h: Array,
@@ -181,5 +181,5 @@ def _chunk(
     if not any(wanted):
         return _Sums(objective(logprob), logprob, entropy, None, None)
     loss, g = jax.value_and_grad(objective)(logprob)
-    bars = form.back(head.held, g / static.temperature, h, weight, target, weight_bar, wanted)
+    bars = form.back(head.held, g / static.temperature, h, weight, target, weight_bar, wanted[0])
     return _Sums(loss, logprob, entropy, *bars)

@@ -150,7 +150,7 @@ def test_blocks_of_the_vocabulary_give_what_the_whole_gives(wanted, dtype, tempe
     found = []
     for form in (WHOLE, BLOCKED):
         head = form.ahead(hidden, weight, targets, temperature)
-        bars = form.back(head.held, slope, hidden, weight, targets, before if wanted[1] else None, wanted)
+        bars = form.back(head.held, slope, hidden, weight, targets, before if wanted[1] else None, wanted[0])
         assert [bar is not None for bar in bars] == list(wanted)
         found.append((head.logprob, head.entropy, *(jnp.float32(bar) for bar in bars if bar is not None)))
     assert np.isnan(found[1][0][-2:]).all() and np.isfinite(found[1][0][:-2]).all()
