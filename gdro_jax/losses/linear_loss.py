@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gdro_jax.losses.linear_logprob import checked, chunk_rows, head_logits, hidden_gradient, softmax, weight_gradient
+from gdro_jax.losses.linear_blocks import BLOCK, BLOCKED, WHOLE, Form
+from gdro_jax.losses.linear_logprob import checked, chunk_rows
 
 LossFn = Callable[..., Array]
 
@@ -137,14 +138,18 @@ def _run(
         zeros(weight.shape) if wanted[1] else None,
     )
 
+    blocked = any(wanted) and weight.shape[0] >= 2 * BLOCK
+    one = partial(_chunk, WHOLE, static, wanted)
+    cpu = partial(_chunk, BLOCKED if blocked else WHOLE, static, wanted)
+
     def step(number: Array, sums: _Sums) -> _Sums:
         start = number * size
-        part = _chunk(static, weight, *(jax.lax.dynamic_slice_in_dim(c, start, size) for c in columns), wanted)
+        slices = [jax.lax.dynamic_slice_in_dim(c, start, size) for c in columns]
+        part = jax.lax.platform_dependent(weight, sums.weight_bar, *slices, cpu=cpu, default=one)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         hidden_bar = None if part.hidden_bar is None else put(sums.hidden_bar, part.hidden_bar)
-        weight_bar = None if part.weight_bar is None else part.weight_bar + sums.weight_bar
         logprobs, entropy = put(sums.logprobs, part.logprobs), put(sums.entropy, part.entropy)
-        return _Sums(sums.loss + part.loss, logprobs, entropy, hidden_bar, weight_bar)
+        return _Sums(sums.loss + part.loss, logprobs, entropy, hidden_bar, part.weight_bar)
 
     if padded == size:
         sums = step(jnp.int32(0), sums)
@@ -155,11 +160,20 @@ def _run(
     return sums._replace(logprobs=sums.logprobs[back], entropy=sums.entropy[back], hidden_bar=hidden_bar)
 
 
-def _chunk(static: _Static, weight: Array, h: Array, target: Array, live: Array, *rest: Any) -> _Sums:
-    """One chunk: h [n, D], target and live [n]; `rest` are the slices of args, and last which gradients are made."""
-    *args, wanted = rest
-    out = softmax(head_logits(h, weight, static.temperature), target)
-    logprob, entropy = (jnp.where(live, x, 0.0) for x in (out.logprob, out.entropy))
+def _chunk(
+    form: Form,
+    static: _Static,
+    wanted: tuple[bool, bool],
+    weight: Array,
+    weight_bar: Array | None,
+    h: Array,
+    target: Array,
+    live: Array,
+    *args: Array,
+) -> _Sums:
+    """One chunk: h [n, D], target and live [n], slices of args; the head's gradient is added to `weight_bar`."""
+    head = form.ahead(h, weight, target, static.temperature)
+    logprob, entropy = (jnp.where(live, x, 0.0) for x in (head.logprob, head.entropy))
 
     def objective(logprob: Array) -> Array:
         return jnp.where(live, static.loss_fn(logprob, *args), 0.0).sum()
@@ -167,11 +181,5 @@ def _chunk(static: _Static, weight: Array, h: Array, target: Array, live: Array,
     if not any(wanted):
         return _Sums(objective(logprob), logprob, entropy, None, None)
     loss, g = jax.value_and_grad(objective)(logprob)
-    g = g / static.temperature
-    hot = jnp.arange(weight.shape[0]) == target[:, None]
-    slope = jnp.where(hot, g[:, None], 0) - (g / out.total)[:, None] * out.exps
-    hidden_bar, weight_bar = (
-        gradient(slope, h, weight) if want else None
-        for gradient, want in zip((hidden_gradient, weight_gradient), wanted, strict=True)
-    )
-    return _Sums(loss, logprob, entropy, hidden_bar, weight_bar)
+    bars = form.back(head.held, g / static.temperature, h, weight, target, weight_bar, wanted[0])
+    return _Sums(loss, logprob, entropy, *bars)

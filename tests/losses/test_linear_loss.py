@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gdro_jax.losses import grpo, linear_grpo, linear_logprob, linear_loss
+from gdro_jax.losses.linear_blocks import BLOCK, BLOCKED, WHOLE
 from gdro_jax.losses.surrogate import Options
 
 ROWS, TOKENS, WIDTH, VOCAB = 7, 6, 12, 50
@@ -118,20 +119,44 @@ def test_nothing_of_rows_by_vocabulary_is_held_and_no_product_is_wasted(trained,
         return linear_loss.token_loss(lambda lp, g: g * lp, h, w, t, a, (gain,)).loss
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, trained))(*shapes, *rest)
-    products, largest = 0, 0
+    largest = 0
 
     def walk(jaxpr):
-        nonlocal products, largest
+        """Matrix products; every platform's branch must have as many."""
+        nonlocal largest
+        products = 0
         for eqn in jaxpr.eqns:
             products += eqn.primitive.name == "dot_general"
             largest = max([largest, *(v.aval.size for v in eqn.outvars if hasattr(v.aval, "size"))])
-            for value in eqn.params.values():
-                if hasattr(value, "jaxpr"):
-                    walk(value.jaxpr)
+            products += sum(walk(value.jaxpr) for value in eqn.params.values() if hasattr(value, "jaxpr"))
+            branches = {walk(branch.jaxpr) for branch in eqn.params.get("branches", ())}
+            assert len(branches) <= 1
+            products += sum(branches)
+        return products
 
-    walk(jaxpr.jaxpr)
-    assert products == made
-    assert largest <= max(4096 * 16, 256 * 3000) < 4096 * 3000 / 15
+    assert walk(jaxpr.jaxpr) == made
+    assert largest <= max(4096 * 16, 256 * 3072) < 4096 * 3000 / 15
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("dtype", "temperature"), [(jnp.float32, 0.7), (jnp.bfloat16, 1.0)])
+def test_blocks_of_the_vocabulary_give_what_the_whole_gives(wanted, dtype, temperature):
+    """At a vocabulary that is no multiple of a block, targets on both sides of every edge, and outside."""
+    vocab, rng = 2 * BLOCK + 452, np.random.default_rng(0)
+    edges = [0, BLOCK - 1, BLOCK, vocab - BLOCK - 1, vocab - BLOCK, 2 * BLOCK - 1, 2 * BLOCK, vocab - 1, vocab, -1]
+    targets = jnp.int32(edges)
+    hidden, weight = (jnp.asarray(3 * rng.normal(0, 1, (n, 16)), dtype) for n in (len(edges), vocab))
+    slope, before = jnp.float32(rng.normal(0, 1, len(edges))), jnp.float32(rng.normal(0, 1, (vocab, 16)))
+    found = []
+    for form in (WHOLE, BLOCKED):
+        head = form.ahead(hidden, weight, targets, temperature)
+        bars = form.back(head.held, slope, hidden, weight, targets, before if wanted[1] else None, wanted[0])
+        assert [bar is not None for bar in bars] == list(wanted)
+        found.append((head.logprob, head.entropy, *(jnp.float32(bar) for bar in bars if bar is not None)))
+    assert np.isnan(found[1][0][-2:]).all() and np.isfinite(found[1][0][:-2]).all()
+    loose = {"rtol": 0.02, "atol": 0.02} if dtype == jnp.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    for whole, blocks in zip(*found, strict=True):
+        np.testing.assert_allclose(blocks, whole, **loose)
 
 
 # The GRPO loss -----------------------------------------------------------------------------------------------------
