@@ -48,8 +48,10 @@ def train(config: Config, stop: Callable[[], bool]) -> bool:
     Of several processes all call this with the same configuration.
     """
     _agree(config)
-    parts = processes.together(lambda: setup.assemble(config))
-    done = _run(config, parts, stop, config.controller.name)
+    checked = processes.together(lambda: setup.check(config))
+    processes.agree(processes.together(lambda: setup.facts(config, checked)))  # before any device works on it
+    policy = processes.together(lambda: setup.load_policy(config.model, checked.layout, checked.source))
+    done = _run(config, setup.with_policy(checked, policy), stop, config.controller.name)
     if done and processes.is_first():
         print(reports.write(config.run.output))
     return done
@@ -59,11 +61,14 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
     """Every method with every seed, then the table and the report; runs already finished are not repeated."""
     _agree(config)
     runs = comparison(config)
-    parts = processes.together(lambda: _parts(config, runs))  # mistakes come first
+    checked = processes.together(lambda: _checked(config, runs))  # mistakes come first
+    first = next(iter(checked.values()))
+    processes.agree(processes.together(lambda: setup.facts(config, first)))
+    policy = processes.together(lambda: setup.load_policy(config.model, first.layout, first.source))
     folder = processes.on_first(lambda: _listed(config, runs))
     stop = processes.agreed(stop)
     for label, run in runs.items():
-        if stop() or not _run(run, parts[label], stop, label):
+        if stop() or not _run(run, setup.with_policy(checked[label], policy), stop, label):
             return False
     if folder is not None:
         page = reports.write(folder)
@@ -72,15 +77,13 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
     return True
 
 
-def _parts(config: Config, runs: dict[str, Config]) -> dict[str, setup.Setup]:
-    """The parts of all runs, which share models and data; every input problem is found here."""
-    where = setup.layout(config)
-    policies = {model: setup.load_policy(model, where) for model in {run.model for run in runs.values()}}
-    data = inputs.load(config)
-    parts = {label: setup.assemble(run, policies[run.model], data) for label, run in runs.items()}
+def _checked(config: Config, runs: dict[str, Config]) -> dict[str, setup.Checked]:
+    """The parts of all runs, which share model and data; every input problem is found here."""
+    source, data = setup.read(config.model), inputs.load(config)
+    checked = {label: setup.check(run, source, data) for label, run in runs.items()}
     for run in runs.values():
         run_folder.check(run)
-    return parts
+    return checked
 
 
 def _listed(config: Config, runs: dict[str, Config]) -> pathlib.Path:
@@ -182,7 +185,6 @@ def report(folders: list[str], out: str | None) -> int:
 
 
 def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: str) -> bool:
-    processes.agree({f"problems of data.train={config.data.train}": parts.train.fingerprint})
     with CompileCounter() as compiles, inputs.verifier(config) as verifier:
         trainer = Trainer(config, parts, verifier, compiles)
         try:

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 AUTO = "auto"
 HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 40, 60  # a peer that is gone for so long ends all
+_ALIKE = ("gdro-jax", "jax", "jaxlib", "numpy", "tokenizers", "transformers", "math-verify")  # packages
 _ROOM = 1 << 16  # bytes of a message: one shape is compiled, and another for each doubling
 
 
@@ -169,24 +170,24 @@ def on_first(build: Callable[[], T]) -> T | None:
 
 
 def agree(facts: Mapping[str, object]) -> None:
-    """Compares what all must have alike.
+    """Compares what all must have alike, by how Python writes it.
 
     Raises:
       JobError: naming the first thing that differs, and both values.
     """
-    first, *others = gathered(dict(facts))
+    first, *others = gathered({name: repr(value) for name, value in facts.items()})
     for at, theirs in enumerate(others, 1):
         for name in first | theirs:
             if first.get(name) != theirs.get(name):
                 raise JobError(
-                    f"{name}={theirs.get(name)!r} in process {at} and {first.get(name)!r} in process 0: "
+                    f"{name}={theirs.get(name)} in process {at} and {first.get(name)} in process 0: "
                     "all processes of a run must have the same"
                 )
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {f"version of {name}": importlib.metadata.version(name) for name in ("gdro-jax", "jax", "jaxlib")}
+    """Of what computes, draws, tokenises and grades."""
+    return {f"version of {name}": importlib.metadata.version(name) for name in _ALIKE}
 
 
 def _number(given: int | None, flag: str, name: str, environment: Mapping[str, str]) -> int:

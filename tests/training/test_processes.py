@@ -1,8 +1,10 @@
 """Real jobs of two processes over gloo: the run of one process, and how they end together."""
 
+import datetime
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 
 from gdro_jax import cli
 from gdro_jax.models import hf
-from gdro_jax.training import processes
+from gdro_jax.training import processes, setup
 
 PATIENCE = 400.0  # seconds: a bound for a hung process on a busy machine, far from what it takes
 
@@ -174,3 +176,59 @@ def test_without_others_nothing_is_asked_of_them():
     processes.agree({"a": 1})
     with pytest.raises(ValueError, match="mine"):
         processes.together(lambda: int("mine"))
+
+
+class Two:
+    """Two pretended processes: what process 1 passes to `gathered` is what `other` makes of process 0's."""
+
+    def __init__(self, monkeypatch, number=0, other=lambda value: value):
+        monkeypatch.setattr(processes, "count", lambda: 2)
+        monkeypatch.setattr(processes, "number", lambda: number)
+        monkeypatch.setattr(processes, "gathered", lambda value: [value, other(value)][:: -1 if number else 1])
+
+
+def changed_file(folder, name, change):
+    file = folder / name
+    file.write_bytes(change(file.read_bytes()))
+
+
+INPUTS = {
+    "data.train": lambda at: changed_file(at, "twelve.jsonl", lambda text: text.replace(b'"4"', b'"5"')),
+    "eval.data": lambda at: changed_file(at, "heldout.jsonl", lambda text: text.replace(b'"4"', b'"5"')),
+    "rms_norm_eps of": lambda at: changed_file(
+        at / "model", "config.json", lambda text: text.replace(b"1e-06", b"1e-05")
+    ),
+    "weights of": lambda at: changed_file(
+        at / "model", "model.safetensors", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])
+    ),
+    "stop tokens": lambda at: (at / "model" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}'),
+    "tokenizer=": lambda at: changed_file(
+        at / "model", "tokenizer.json", lambda text: text.replace(b'"!":', b'"!!!":')
+    ),
+}
+
+
+@pytest.mark.parametrize("what", INPUTS)
+def test_inputs_that_differ_between_processes_are_named(what, configure, tmp_path, tiny_folder, monkeypatch):
+    """What decides a run's numbers and is no field of its configuration."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    config = configure(f"eval.data={tmp_path / 'heldout.jsonl'}", f"model.path={tmp_path / 'model'}")
+    (tmp_path / "heldout.jsonl").write_bytes((tmp_path / "twelve.jsonl").read_bytes())
+    here = setup.facts(config, setup.check(config))
+    INPUTS[what](tmp_path)
+    there = setup.facts(config, setup.check(config))
+    Two(monkeypatch, other=lambda value: {name: repr(fact) for name, fact in there.items()})
+    with pytest.raises(processes.JobError, match=f"{what}.* in process 1 and .* in process 0: all processes") as caught:
+        processes.agree(here)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_json_cannot_write_is_compared_too(monkeypatch):
+    Two(monkeypatch)
+    processes.agree({"data.chat": {"day": datetime.date(2026, 1, 1), datetime.date(2026, 1, 2): float("nan")}})
+
+
+def test_versions_of_what_draws_tokenises_and_grades_are_compared():
+    assert {f"version of {name}" for name in ("jax", "transformers", "tokenizers", "math-verify")} <= set(
+        processes.versions()
+    )
