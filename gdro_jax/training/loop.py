@@ -359,6 +359,7 @@ class Trainer:
 
     def _resume(self) -> bool:
         latest = self.checkpoints.latest()
+        processes.agree({f"the last checkpoint in run.output={self.config.run.output}": latest})
         if latest is None:
             return False
         like = self.state._replace(rule=jax.device_get(self.state.rule))

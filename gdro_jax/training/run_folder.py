@@ -1,6 +1,8 @@
 """A run's folder: made, or found to hold this very run, before anything is written to it."""
 
 import pathlib
+import secrets
+import time
 from collections.abc import Sequence
 
 import filelock
@@ -8,6 +10,8 @@ import filelock
 from gdro_jax.training import config_io, processes
 from gdro_jax.training.config import Config
 from gdro_jax.training.setup import InputError, claim_folder
+
+PATIENCE = 10.0  # seconds until a file of process 0 is seen: a network file system keeps what it knew for some
 
 
 def claim(config: Config) -> filelock.BaseFileLock | None:
@@ -21,22 +25,37 @@ def claim(config: Config) -> filelock.BaseFileLock | None:
       processes.JobError: so it is for another process.
     """
     lock = processes.on_first(lambda: _locked(config))
-    file = pathlib.Path(config.run.output) / "config.yaml"
-
-    def seen() -> None:
-        if not file.exists():
-            raise InputError(
-                f"run.output={config.run.output!r}: {file.name} that process 0 wrote is not there; "
-                "all processes of a run need a folder that they share"
-            )
-
     try:
-        processes.together(seen)
+        if processes.count() > 1:
+            _check_shared(config.run.output)
     except ValueError:
         if lock is not None:
             lock.release()
         raise
     return lock
+
+
+def _check_shared(output: str) -> None:
+    """Refuses a folder where a process does not find what process 0 writes now; one of an earlier run tells nothing."""
+    file = pathlib.Path(output) / ".shared"
+    token = processes.gathered(secrets.token_hex(8))[0]
+
+    def seen() -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not (file.is_file() and file.read_text() == token):
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"run.output={output!r}: what process 0 writes there is not seen within {PATIENCE:.0f} s; "
+                    "all processes of a run need a folder that they share"
+                )
+            time.sleep(0.1)
+
+    try:
+        processes.on_first(lambda: file.write_text(token))
+        processes.together(seen)
+    finally:
+        if processes.is_first():
+            file.unlink(missing_ok=True)
 
 
 def _locked(config: Config) -> filelock.BaseFileLock:

@@ -16,7 +16,7 @@ import pytest
 
 from gdro_jax import cli
 from gdro_jax.models import hf
-from gdro_jax.training import processes, setup
+from gdro_jax.training import InputError, processes, run_folder, setup
 
 PATIENCE = 400.0  # seconds: a bound for a hung process on a busy machine, far from what it takes
 
@@ -232,3 +232,26 @@ def test_versions_of_what_draws_tokenises_and_grades_are_compared():
     assert {f"version of {name}" for name in ("jax", "transformers", "tokenizers", "math-verify")} <= set(
         processes.versions()
     )
+
+
+def test_a_folder_that_is_not_shared_is_refused_with_an_old_run_in_it_too(configure, tmp_path, monkeypatch):
+    """Process 1 looks at a folder of its own, where the configuration of an earlier run lies."""
+    config, there = configure(), configure(output="local")
+    for one in (config, there):
+        run_folder.claim(one).release()
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
+    Two(monkeypatch)
+    run_folder.claim(config).release()  # process 0 sees what it wrote
+    assert not (tmp_path / "run" / ".shared").exists()
+    Two(monkeypatch, number=1, other=lambda value: None)
+    with pytest.raises(
+        InputError, match=r"run.output=.*local': what process 0 writes there is not seen within 0 s; all"
+    ):
+        run_folder.claim(there)
+
+
+def test_another_last_checkpoint_is_refused(configure, launch, monkeypatch):
+    trainer = launch(configure())
+    Two(monkeypatch, other=lambda value: {name: "7" for name in value})
+    with pytest.raises(processes.JobError, match=r"the last checkpoint in run.output=.*=7 in process 1 and None in"):
+        trainer._resume()
