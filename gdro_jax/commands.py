@@ -38,6 +38,7 @@ FAULTS = (
     evaluation.NothingScorableError,
     ServerError,
     NotFiniteError,
+    processes.JobFault,
 )
 """Faults that say all there is to say in one line, exit code 1. Anything else keeps its traceback."""
 
@@ -52,8 +53,9 @@ def train(config: Config, stop: Callable[[], bool]) -> bool:
     processes.agree(processes.together(lambda: setup.facts(config, checked)))  # before any device works on it
     policy = processes.together(lambda: setup.load_policy(config.model, checked.layout, checked.source))
     done = _run(config, setup.with_policy(checked, policy), stop, config.controller.name)
-    if done and processes.is_first():
-        print(reports.write(config.run.output))
+    page = processes.on_first(lambda: reports.write(config.run.output)) if done else None
+    if page is not None:
+        print(page)
     return done
 
 
@@ -70,11 +72,16 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
     for label, run in runs.items():
         if stop() or not _run(run, setup.with_policy(checked[label], policy), stop, label):
             return False
-    if folder is not None:
-        page = reports.write(folder)
-        print(reports.format_table(reports.read_comparison(folder)))
-        print(page)
+    for text in processes.on_first(lambda: _reported(folder)) or ():
+        print(text)
     return True
+
+
+def _reported(folder: pathlib.Path | None) -> tuple[str, str]:
+    """The table of a comparison, and where its report is."""
+    assert folder is not None
+    page = reports.write(folder)
+    return reports.format_table(reports.read_comparison(folder)), str(page)
 
 
 def _checked(config: Config, runs: dict[str, Config]) -> dict[str, setup.Checked]:

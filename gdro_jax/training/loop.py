@@ -162,7 +162,7 @@ class Trainer:
         done = self.step >= self.config.run.steps and self._pending is None
         if done and self.config.run.save_model:
             policy, tokens_at = self.parts.policy, setup.tokenizer_folder(self.config.model)
-            save_policy(self._policy(), self.folder / "model", tokens_at, policy.stop_tokens)
+            save_policy(self._policy(), self.folder / run_folder.MODEL, tokens_at, policy.stop_tokens)
         return done
 
     def check_agreement(self) -> agreement.Gap | None:

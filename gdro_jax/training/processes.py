@@ -29,6 +29,10 @@ class JobError(ValueError):
     """The processes of a run differ, or one of them cannot go on; its text is one line, the same for all."""
 
 
+class JobFault(RuntimeError):
+    """A process of a job cannot go on, though what it was given is right: its disk is full, say; one line for all."""
+
+
 class Job(NamedTuple):
     """Where process 0 is found, how many there are and which this one is; None where the machine knows."""
 
@@ -148,19 +152,21 @@ def together(build: Callable[[], T]) -> T:
     """What each process builds for itself, once all have.
 
     Raises:
-      the ValueError or OSError of this process, or `JobError` with that of another: all end, with its line.
+      the ValueError or OSError of this process; in a job `JobError` for the ValueError of another, and
+        `JobFault` for an OSError of any: all end, with its line.
     """
     problem: ValueError | OSError | None = None
     try:
         built = build()
     except (ValueError, OSError) as error:
         problem = error
-    texts = gathered(None if problem is None else str(problem))
-    if problem is not None:
+    said = gathered(None if problem is None else [str(problem), not isinstance(problem, ValueError)])
+    if problem is not None and (count() == 1 or isinstance(problem, ValueError)):
         raise problem
-    for at, text in enumerate(texts):
-        if text is not None:
-            raise JobError(f"process {at}: {text}")
+    for at, what in enumerate(said):
+        if what is not None:
+            text, fault = what
+            raise (JobFault if fault else JobError)(f"process {at}: {text}")
     return built
 
 

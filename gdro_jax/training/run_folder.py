@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import filelock
 
+from gdro_jax.models import hf
 from gdro_jax.training import config_io, processes
 from gdro_jax.training.config import Config
 from gdro_jax.training.setup import InputError, claim_folder
 
+MODEL = "model"  # the trained policy
 PATIENCE = 10.0  # seconds until a file of process 0 is seen: a network file system keeps what it knew for some
 
 
@@ -92,9 +94,12 @@ def check(config: Config) -> None:
 
     Raises:
       InputError: what differs.
+      CheckpointError: where the model is to be, there is something else.
     """
     folder = pathlib.Path(config.run.output)
     file = folder / "config.yaml"
+    if config.run.save_model:
+        hf.check_replaceable(folder / MODEL)  # not only once all is trained
     if file.exists():
         found = config_io.load(file)
         mine, theirs = config_io.to_dict(config), config_io.to_dict(found)

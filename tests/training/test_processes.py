@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from gdro_jax import cli
 from gdro_jax.models import hf
-from gdro_jax.training import InputError, processes, run_folder, setup
+from gdro_jax.models.checkpoint import CheckpointError
+from gdro_jax.training import InputError, export, processes, run_folder, setup
 
 PATIENCE = 400.0  # seconds: a bound for a hung process on a busy machine, far from what it takes
 
@@ -255,3 +257,31 @@ def test_another_last_checkpoint_is_refused(configure, launch, monkeypatch):
     Two(monkeypatch, other=lambda value: {name: "7" for name in value})
     with pytest.raises(processes.JobError, match=r"the last checkpoint in run.output=.*=7 in process 1 and None in"):
         trainer._resume()
+
+
+def test_a_model_that_could_not_be_written_is_found_before_anything_is_trained(configure, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds notes.txt, which is no checkpoint file; refusing to replace it"):
+        run_folder.claim(configure("run.save_model=true"))
+    run_folder.claim(configure()).release()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_model_that_process_0_cannot_write_ends_all(number, tmp_path, tiny_model, tiny_folder, monkeypatch):
+    """Every process takes part in gathering it, and every one hears of it."""
+    (tmp_path / "notes.txt").write_text("mine")
+    Two(monkeypatch, number, other=lambda value: ["no checkpoint file", False] if number else None)
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gathered, tensors = [], hf._tensors
+
+    def counted(model):
+        for name, array in tensors(model):
+            gathered.append(name)
+            yield name, array
+
+    monkeypatch.setattr(hf, "_tensors", counted)
+    with pytest.raises(CheckpointError if number == 0 else processes.JobError, match="no checkpoint file"):
+        export.save_policy(tiny_model, tmp_path, tiny_folder, None)
+    assert gathered == [name for name, _ in tensors(tiny_model)]
