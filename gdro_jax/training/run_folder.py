@@ -73,11 +73,12 @@ def _locked(config: Config) -> filelock.BaseFileLock:
 
 
 def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str) -> None:
-    """`first_prompt.txt`: how many tokens and which, and below an empty line the text that they are."""
-    if not processes.is_first():
-        return
-    ids = " ".join(map(str, tokens))
-    (folder / "first_prompt.txt").write_text(f"{len(tokens)} tokens: {ids}\n\n{text}\n")
+    """`first_prompt.txt`: how many tokens and which, and below an empty line the text that they are.
+
+    Of several processes all call it; the errors of `processes.on_first`.
+    """
+    content = f"{len(tokens)} tokens: {' '.join(map(str, tokens))}\n\n{text}\n"
+    processes.on_first(lambda: (folder / "first_prompt.txt").write_text(content))
 
 
 MAY_DIFFER = (
