@@ -122,7 +122,7 @@ def _train(parser: argparse.ArgumentParser, known: argparse.Namespace, overrides
         job = processes.job(known.coordinator, known.num_processes, known.process_id, os.environ)
     except ValueError as error:
         parser.error(f"{known.command}: {error}")
-    with processes.Membership(job, ends_alike=(*commands.BAD_INPUT_ERRORS, processes.JobFault)):
+    with processes.Membership(job, ends_alike=commands.ENDS_ALIKE):
         config = processes.together(lambda: config_io.load(known.config, overrides))
         run = commands.train if known.command == "train" else commands.compare
         done = run(config, _Stop())

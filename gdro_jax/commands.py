@@ -19,7 +19,7 @@ from gdro_jax.training import plan as planning
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
 from gdro_jax.training.guard import NotFiniteError
-from gdro_jax.training.loop import Trainer
+from gdro_jax.training.loop import FAULTS_OF_ALL, Trainer
 from gdro_jax.training.progress import Progress
 
 BAD_INPUT_ERRORS = (
@@ -41,6 +41,8 @@ FAULTS = (
     processes.JobFault,
 )
 """Faults that say all there is to say in one line, exit code 1. Anything else keeps its traceback."""
+ENDS_ALIKE = (*BAD_INPUT_ERRORS, *FAULTS_OF_ALL, processes.JobFault)
+"""Errors that all processes of a job end with, each by itself."""
 
 
 def train(config: Config, stop: Callable[[], bool]) -> bool:

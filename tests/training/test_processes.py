@@ -1,6 +1,7 @@
 """Real jobs of two processes over gloo: the run of one process, and how they end together."""
 
 import datetime
+import errno
 import json
 import os
 import pathlib
@@ -15,10 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from gdro_jax import cli
+from gdro_jax import cli, commands, rewards
 from gdro_jax.models import hf
 from gdro_jax.models.checkpoint import CheckpointError
-from gdro_jax.training import InputError, export, processes, run_folder, setup
+from gdro_jax.training import InputError, export, guard, processes, run_folder, run_log, setup
 
 PATIENCE = 400.0  # seconds: a bound for a hung process on a busy machine, far from what it takes
 
@@ -130,6 +131,17 @@ def test_two_processes_are_one_and_go_on_after_a_signal_to_one(tmp_path, tiny_fo
         assert a["ledger"]["tokens"] == b["ledger"]["tokens"] and a["ledger"]["scored"] == b["ledger"]["scored"]
     saved = hf.load(tmp_path / "both" / "model")
     assert all(np.isfinite(np.asarray(x)).all() for x in saved.arrays().values())
+
+
+@pytest.mark.slow
+def test_a_fault_of_all_is_one_line_of_each_and_a_checkpoint(tmp_path, tiny_folder, problems, monkeypatch):
+    (tmp_path / "moody.py").write_text("def grade(response, answer):\n    return None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    codes, lines, _ = Pair(settings(tmp_path, tiny_folder, "run", data__verifier="moody:grade")).ended()
+    assert codes == [1, 1], lines
+    assert lines[0][-1] == lines[1][-1] and lines[1][-1].startswith("gdro train: step 1: 100% of the responses could")
+    assert len(lines[1]) == 1
+    assert [place.name for place in (tmp_path / "run" / "checkpoints").iterdir()] == ["0"]
 
 
 @pytest.mark.slow
@@ -285,3 +297,38 @@ def test_a_model_that_process_0_cannot_write_ends_all(number, tmp_path, tiny_mod
     with pytest.raises(CheckpointError if number == 0 else processes.JobError, match="no checkpoint file"):
         export.save_policy(tiny_model, tmp_path, tiny_folder, None)
     assert gathered == [name for name, _ in tensors(tiny_model)]
+
+
+def test_a_fault_that_all_find_leaves_a_checkpoint_and_one_line(configure, launch, monkeypatch):
+    trainer = launch(configure("data.max_unscorable=0.1"), None)
+    trainer.verifier = type(trainer.verifier)(unscorable=2)
+    Two(monkeypatch)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("left without the others"))
+    with pytest.raises(rewards.UnscorableError) as caught, processes.Membership(None, commands.ENDS_ALIKE):
+        trainer.run(lambda record: None)
+    assert isinstance(caught.value, commands.FAULTS)
+    assert trainer.checkpoints.latest() == 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("what", ["log", "first prompt", "batch"])
+def test_a_full_disk_of_process_0_ends_all_with_one_line(what, number, tmp_path, case, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "there")
+
+    log = run_log.RunLog(tmp_path / "metrics.jsonl", None)
+    if number:
+        log._file = None
+    said = ["[Errno 28] No space left on device: 'there'", True]
+    Two(monkeypatch, number, other=lambda value: said if number else None)
+    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(processes.JobFault, match=r"^process 0: .* No space left on device: 'there'$") as caught:
+        if what == "log":
+            log.write({"step": 1})
+        elif what == "batch":
+            guard.keep(tmp_path, 1, case.batch)
+        else:
+            run_folder.keep_first_prompt(tmp_path, [1], "one")
+    assert isinstance(caught.value, commands.FAULTS) and isinstance(caught.value, commands.ENDS_ALIKE)
