@@ -6,6 +6,7 @@ a file that is missing) goes through `gathered`, so that all go on with the same
 
 import importlib.metadata
 import json
+import math
 import os
 import sys
 import traceback
@@ -17,10 +18,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gdro_jax.training import rendezvous
+
 T = TypeVar("T")
 
 AUTO = "auto"
 HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 40, 60  # a peer that is gone for so long ends all
+JOIN_SECONDS = 60.0  # a peer that has not come by then ends those that have
 _ALIKE = ("gdro-jax", "jax", "jaxlib", "numpy", "tokenizers", "transformers", "math-verify")  # packages
 _ROOM = 1 << 16  # bytes of a message: one shape is compiled, and another for each doubling
 
@@ -70,19 +74,35 @@ def job(coordinator: str | None, processes: int | None, own: int | None, environ
     return Job(address, processes, own)
 
 
-def join(asked: Job) -> None:
+def join(asked: Job, seconds: float = JOIN_SECONDS) -> None:
     """Joins the job; nothing of jax may have run before.
 
+    Args:
+      asked: the job.
+      seconds: how long the other processes are waited for.
+
     Raises:
-      JobError: there is none, or its other processes did not come.
+      JobError: there is none, or its other processes did not come. Where the machine names the job, jax ends a process
+        that waited in vain, so it says before what it waits for.
     """
+    named = f"--coordinator={asked.coordinator or AUTO}"
     try:
+        if asked.coordinator is None:
+            sys.stderr.write(f"{named}: waits up to {seconds:g} s (--join-timeout) for all processes of the job\n")
+        else:
+            assert asked.processes is not None and asked.number is not None
+            rendezvous.meet(asked.coordinator, asked.processes, asked.number, seconds)
         jax.distributed.initialize(
-            *asked, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+            *asked,
+            initialization_timeout=math.ceil(seconds),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+    except rendezvous.MeetingError as error:
+        raise JobError(f"{named}: {error}") from None
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise JobError(f"--coordinator={asked.coordinator or AUTO}: cannot join the job ({reason})") from None
+        raise JobError(f"{named}: cannot join the job ({reason})") from None
 
 
 def count() -> int:
@@ -100,16 +120,17 @@ class Membership:
 
     Args:
       asked: joined on entry.
+      patience: seconds that the others are waited for then.
       ends_alike: errors that every process ends with by itself; after any other this one leaves at once, and the
         others end by the broken connection, or after `HEARTBEAT_SECONDS` of silence.
     """
 
-    def __init__(self, asked: Job | None, ends_alike: tuple[type[Exception], ...]):
-        self._asked, self._ends_alike = asked, ends_alike
+    def __init__(self, asked: Job | None, ends_alike: tuple[type[Exception], ...], patience: float = JOIN_SECONDS):
+        self._asked, self._ends_alike, self._patience = asked, ends_alike, patience
 
     def __enter__(self) -> Self:
         if self._asked is not None:
-            join(self._asked)
+            join(self._asked, self._patience)
         return self
 
     def __exit__(

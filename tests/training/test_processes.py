@@ -174,6 +174,8 @@ def test_the_job_is_named_by_flags_or_environment():
         (["--coordinator=host"], "--coordinator='host': expected HOST:PORT"),
         (["--coordinator=h:1", "--num-processes=2"], "--process-id: needed with --coordinator"),
         (["--coordinator=h:1", "--num-processes=2", "--process-id=2"], "--process-id=2: must be in 0..1"),
+        (["--join-timeout=5"], "--join-timeout: needs --coordinator"),
+        (["--join-timeout=nan"], "--join-timeout=nan: must be above 0"),
     ],
 )
 def test_a_job_that_is_not_named_whole_is_one_line(words, says, capsys):
@@ -181,6 +183,19 @@ def test_a_job_that_is_not_named_whole_is_one_line(words, says, capsys):
         cli.main(["train", *words])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and says in error
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [(0, "process 1 of 2 did not come within 0.2 s"), (1, "process 0 was not found within 0.2 s (Connection refused)")],
+)
+def test_a_process_that_never_comes_is_one_line(number, why, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    job = [f"--coordinator={address}", "--num-processes=2", f"--process-id={number}", "--join-timeout=0.2"]
+    assert cli.main(["train", *job]) == 2
+    assert capsys.readouterr().err == f"gdro train: --coordinator={address}: {why}\n"
 
 
 def test_without_others_nothing_is_asked_of_them():
