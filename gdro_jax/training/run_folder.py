@@ -84,6 +84,8 @@ def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str) ->
 MAY_DIFFER = (
     *("sampling.gap_tolerance", "sampling.server_timeout", "data.verifier_workers"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    # What other devices may force.
+    *("train.microbatches", "model.remat", "sampling.slots", "sampling.segment", "eval.problems_per_call"),
 )
 """Fields that change what a run takes or refuses, not what it computes beyond rounding."""
 
