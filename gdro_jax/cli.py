@@ -122,7 +122,12 @@ def _train(parser: argparse.ArgumentParser, known: argparse.Namespace, overrides
         job = processes.job(known.coordinator, known.num_processes, known.process_id, os.environ)
     except ValueError as error:
         parser.error(f"{known.command}: {error}")
-    with processes.Membership(job, ends_alike=commands.BAD_INPUT_ERRORS):
+    patience = processes.JOIN_SECONDS if known.join_timeout is None else known.join_timeout
+    if not 0 < patience < float("inf"):
+        parser.error(f"{known.command}: --join-timeout={patience:g}: must be above 0 seconds, and finite")
+    if known.join_timeout is not None and job is None:
+        parser.error(f"{known.command}: --join-timeout: needs --coordinator HOST:PORT, where process 0 is")
+    with processes.Membership(job, commands.ENDS_ALIKE, patience):
         config = processes.together(lambda: config_io.load(known.config, overrides))
         run = commands.train if known.command == "train" else commands.compare
         done = run(config, _Stop())
@@ -198,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
             )
             job.add_argument("--num-processes", type=int, metavar="N")
             job.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
+            job.add_argument(
+                "--join-timeout", type=float, metavar="SECONDS", help="that the others are waited for; 60 by default"
+            )
     return parser
 
 

@@ -19,7 +19,7 @@ from gdro_jax.training import plan as planning
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
 from gdro_jax.training.guard import NotFiniteError
-from gdro_jax.training.loop import Trainer
+from gdro_jax.training.loop import FAULTS_OF_ALL, Trainer
 from gdro_jax.training.progress import Progress
 
 BAD_INPUT_ERRORS = (
@@ -38,8 +38,11 @@ FAULTS = (
     evaluation.NothingScorableError,
     ServerError,
     NotFiniteError,
+    processes.JobFault,
 )
 """Faults that say all there is to say in one line, exit code 1. Anything else keeps its traceback."""
+ENDS_ALIKE = (*BAD_INPUT_ERRORS, *FAULTS_OF_ALL, processes.JobFault)
+"""Errors that all processes of a job end with, each by itself."""
 
 
 def train(config: Config, stop: Callable[[], bool]) -> bool:
@@ -48,10 +51,13 @@ def train(config: Config, stop: Callable[[], bool]) -> bool:
     Of several processes all call this with the same configuration.
     """
     _agree(config)
-    parts = processes.together(lambda: setup.assemble(config))
-    done = _run(config, parts, stop, config.controller.name)
-    if done and processes.is_first():
-        print(reports.write(config.run.output))
+    checked = processes.together(lambda: setup.check(config))
+    processes.agree(processes.together(lambda: setup.facts(config, checked)))  # before any device works on it
+    policy = processes.together(lambda: setup.load_policy(config.model, checked.layout, checked.source))
+    done = _run(config, setup.with_policy(checked, policy), stop, config.controller.name)
+    page = processes.on_first(lambda: reports.write(config.run.output)) if done else None
+    if page is not None:
+        print(page)
     return done
 
 
@@ -59,28 +65,34 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
     """Every method with every seed, then the table and the report; runs already finished are not repeated."""
     _agree(config)
     runs = comparison(config)
-    parts = processes.together(lambda: _parts(config, runs))  # mistakes come first
+    checked = processes.together(lambda: _checked(config, runs))  # mistakes come first
+    first = next(iter(checked.values()))
+    processes.agree(processes.together(lambda: setup.facts(config, first)))
+    policy = processes.together(lambda: setup.load_policy(config.model, first.layout, first.source))
     folder = processes.on_first(lambda: _listed(config, runs))
     stop = processes.agreed(stop)
     for label, run in runs.items():
-        if stop() or not _run(run, parts[label], stop, label):
+        if stop() or not _run(run, setup.with_policy(checked[label], policy), stop, label):
             return False
-    if folder is not None:
-        page = reports.write(folder)
-        print(reports.format_table(reports.read_comparison(folder)))
-        print(page)
+    for text in processes.on_first(lambda: _reported(folder)) or ():
+        print(text)
     return True
 
 
-def _parts(config: Config, runs: dict[str, Config]) -> dict[str, setup.Setup]:
-    """The parts of all runs, which share models and data; every input problem is found here."""
-    where = setup.layout(config)
-    policies = {model: setup.load_policy(model, where) for model in {run.model for run in runs.values()}}
-    data = inputs.load(config)
-    parts = {label: setup.assemble(run, policies[run.model], data) for label, run in runs.items()}
+def _reported(folder: pathlib.Path | None) -> tuple[str, str]:
+    """The table of a comparison, and where its report is."""
+    assert folder is not None
+    page = reports.write(folder)
+    return reports.format_table(reports.read_comparison(folder)), str(page)
+
+
+def _checked(config: Config, runs: dict[str, Config]) -> dict[str, setup.Checked]:
+    """The parts of all runs, which share model and data; every input problem is found here."""
+    source, data = setup.read(config.model), inputs.load(config)
+    checked = {label: setup.check(run, source, data) for label, run in runs.items()}
     for run in runs.values():
         run_folder.check(run)
-    return parts
+    return checked
 
 
 def _listed(config: Config, runs: dict[str, Config]) -> pathlib.Path:
@@ -182,7 +194,6 @@ def report(folders: list[str], out: str | None) -> int:
 
 
 def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: str) -> bool:
-    processes.agree({f"problems of data.train={config.data.train}": parts.train.fingerprint})
     with CompileCounter() as compiles, inputs.verifier(config) as verifier:
         trainer = Trainer(config, parts, verifier, compiles)
         try:

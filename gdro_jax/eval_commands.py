@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 import re
@@ -17,12 +16,10 @@ from gdro_jax import evaluation, rewards
 from gdro_jax.data import benchmarks, prompts
 from gdro_jax.evaluation import compare, run, score, store, tables
 from gdro_jax.evaluation.run import Graded
-from gdro_jax.models.checkpoint import INDEX_FILE
+from gdro_jax.models.checkpoint import digest
 from gdro_jax.sampling import SamplingConfig
 from gdro_jax.training import engines, inputs, setup
 from gdro_jax.training.config import Config
-
-_SAMPLE_BLOCKS, _BLOCK = 64, 1 << 16
 
 
 class Asked(NamedTuple):
@@ -59,7 +56,7 @@ def evaluate(
     )
     asked = _asked(problems, names, folder, policy.tokenizer, config)
     sampling = config.eval_sampling(policy.stop_tokens)
-    setup.check_length(policy, [it.prompts for it in asked.values()], sampling.max_new_tokens, config)
+    setup.check_length(policy.model.config, [it.prompts for it in asked.values()], sampling.max_new_tokens, config)
     settings = _settings(model, asked, sampling, config)
     place = None if out is None else setup.claim_folder(out, "--out")
     if place is not None:
@@ -152,7 +149,7 @@ def _say(notes: Sequence[str]) -> None:
 def _settings(model: str, asked: dict[str, Asked], sampling: SamplingConfig, config: Config) -> dict[str, Any]:
     return {
         "model": model,
-        "weights": _weights(setup.model_folder(model), config),
+        "weights": digest(setup.model_folder(model), f"{config.model.dtype} {config.model.random_init}"),
         "seed": config.run.seed,
         "samples": config.eval.samples,
         "temperature": sampling.temperature,
@@ -170,19 +167,6 @@ def _settings(model: str, asked: dict[str, Asked], sampling: SamplingConfig, con
             for name, it in asked.items()
         },
     }
-
-
-def _weights(folder: pathlib.Path, config: Config) -> str:
-    """Tells weights apart without reading all of them: names, sizes and blocks spread over each file."""
-    digest = hashlib.sha256(f"{config.model.dtype} {config.model.random_init}".encode())
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json"), *folder.glob(INDEX_FILE)]):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as content:
-            for block in range(_SAMPLE_BLOCKS):
-                content.seek(block * max(size - _BLOCK, 0) // (_SAMPLE_BLOCKS - 1))
-                digest.update(content.read(_BLOCK))
-    return digest.hexdigest()[:16]
 
 
 def _sample(

@@ -171,8 +171,16 @@ def test_hosts_join_one_job_which_is_found_out_unless_it_is_named(monkeypatch: p
     given: list[list[str]] = []
     monkeypatch.setattr("gdro_jax.cli.main", lambda words: given.append(words) or 0)
     assert host.main(["--config", "c.yaml", "--run.seed=10"]) == 0
-    assert host.main(["--coordinator", "h:1", "--num-processes", "2", "--process-id", "1"]) == 0
+    assert host.main(["--coordinator", "h:1", "--num-processes", "2", "--process-id", "1", "--join-timeout", "9"]) == 0
     assert given == [
-        ["train", "--config", "c.yaml", "--run.seed=10", "--coordinator=auto"],
-        ["train", "--coordinator=h:1", "--num-processes=2", "--process-id=1"],
+        ["train", "--config", "c.yaml", "--run.seed=10", "--coordinator=auto", "--join-timeout=300"],
+        ["train", "--coordinator=h:1", "--join-timeout=9.0", "--num-processes=2", "--process-id=1"],
     ]
+
+
+@pytest.mark.parametrize("flag", ["--coordinator=h:1", "--num-processes=2", "--join-timeout=9"])
+def test_seeds_of_hosts_join_no_job(flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("gdro_jax.cli.main", lambda words: pytest.fail("trained"))
+    assert host.main(["--each-host-seed", flag]) == 2
+    name = flag.partition("=")[0]
+    assert capsys.readouterr().err == f"host.py: {name}: does nothing with --each-host-seed, where no job is joined\n"

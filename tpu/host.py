@@ -15,6 +15,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 
 BAD_INPUT = 2
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"
+_JOIN_SECONDS = 300  # hosts start one after another
 _ONE_CHIP = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1", "TPU_VISIBLE_CHIPS": "0"}
 
 
@@ -24,19 +25,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config")
     parser.add_argument("--each-host-seed", action="store_true")
     job = parser.add_argument_group("the job, where jax cannot find it out by itself (not on Cloud TPU)")
-    job.add_argument("--coordinator", default="auto", help="HOST:PORT of process 0")
+    job.add_argument("--coordinator", help="HOST:PORT of process 0")
     job.add_argument("--num-processes", type=int)
     job.add_argument("--process-id", type=int)
+    job.add_argument("--join-timeout", type=float, help="seconds; hosts of a slice start minutes apart")
     known, fields = parser.parse_known_args(arguments)
     command = ["train", *([] if known.config is None else ["--config", known.config]), *fields]
+    joined = {"--coordinator": known.coordinator, "--num-processes": known.num_processes}
+    joined["--join-timeout"] = known.join_timeout
     if known.each_host_seed:
+        if given := [name for name, value in joined.items() if value is not None]:
+            sys.stderr.write(f"host.py: {given[0]}: does nothing with --each-host-seed, where no job is joined\n")
+            return BAD_INPUT
         number = known.process_id if known.process_id is not None else worker_number(os.environ)
         use_one_chip(os.environ)
         return train_own(command, known.config, fields, number)
     from gdro_jax.cli import main as gdro
 
-    joined = {"coordinator": known.coordinator, "num-processes": known.num_processes, "process-id": known.process_id}
-    return gdro([*command, *[f"--{name}={value}" for name, value in joined.items() if value is not None]])
+    joined = {"--coordinator": "auto", "--join-timeout": _JOIN_SECONDS} | {
+        name: value for name, value in (joined | {"--process-id": known.process_id}).items() if value is not None
+    }
+    return gdro([*command, *[f"{name}={value}" for name, value in joined.items()]])
 
 
 def train_own(command: list[str], config: str | None, fields: Sequence[str], number: int) -> int:

@@ -1,6 +1,7 @@
 """What a Hugging Face folder holds, opened and checked on the host before any device memory is taken."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ WEIGHTS_FILE = "model.safetensors"
 READABLE_DTYPES = ("BF16", "F16", "F32", "F64")
 EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_AT_ONCE = 8192
+_SAMPLE_BLOCKS, _BLOCK = 64, 1 << 16
 
 
 class CheckpointError(ValueError):
@@ -106,6 +108,26 @@ def check_tensors(folder: pathlib.Path, config: Qwen3Config, tensors: Mapping[st
             f"{folder}: {_HEAD} differs from {EMBED}, but config.json says tie_word_embeddings=true; "
             "set it to false or remove the tensor"
         )
+
+
+def digest(folder: pathlib.Path, salt: str, weights: bool = True) -> str:
+    """Tells checkpoints apart without reading all of them: names, sizes and blocks spread over each file.
+
+    Args:
+      folder: the checkpoint.
+      salt: whatever else makes its use another.
+      weights: whether its tensors count, and not config.json alone.
+    """
+    told = hashlib.sha256(salt.encode())
+    held = [*folder.glob("*.safetensors"), *folder.glob(INDEX_FILE)] if weights else []
+    for file in sorted([*held, *folder.glob("config.json")]):
+        size = file.stat().st_size
+        told.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            for block in range(_SAMPLE_BLOCKS):
+                content.seek(block * max(size - _BLOCK, 0) // (_SAMPLE_BLOCKS - 1))
+                told.update(content.read(_BLOCK))
+    return told.hexdigest()[:16]
 
 
 def expected_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:

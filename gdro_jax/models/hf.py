@@ -35,7 +35,15 @@ from gdro_jax.models.config import ParamSpec, Qwen3Config, param_specs, stored_s
 from gdro_jax.models.qwen3 import Qwen3, working
 from gdro_jax.models.sharding import param_sharding
 
-__all__ = ["CheckpointError", "CheckpointNotFoundError", "load", "read_object", "save", "stored_dtype"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "check_replaceable",
+    "load",
+    "read_object",
+    "save",
+    "stored_dtype",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = (
@@ -121,19 +129,32 @@ def save(
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes={max_file_bytes}: must be at least 1")
     model = model if model.adapters() is None else working(model)
-    if jax.process_index() > 0:
-        for _ in _tensors(model):  # process 0 cannot gather them alone
-            pass
-        return
-    target = pathlib.Path(path).resolve()
-    _check_replaceable(target)
+    tensors = _tensors(model)
+    try:
+        if jax.process_index() == 0:
+            _write(model, tensors, pathlib.Path(path).resolve(), tokenizer_from, generation, max_file_bytes)
+    finally:
+        if jax.process_count() > 1:
+            for _ in tensors:  # a process cannot gather them alone, whatever became of the others' files
+                pass
+
+
+def _write(
+    model: Qwen3,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    target: pathlib.Path,
+    tokenizer_from: str | os.PathLike[str] | None,
+    generation: Mapping[str, object] | None,
+    max_file_bytes: int,
+) -> None:
+    check_replaceable(target)
     extras = [] if tokenizer_from is None else _tokenizer_files(pathlib.Path(tokenizer_from))
     partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
     partial.mkdir(parents=True)
     try:
         content = model.config.to_hf() | {"torch_dtype": str(model.embed.dtype)}
         (partial / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        _save_tensors(model, partial, max_file_bytes)
+        _save_tensors(tensors, partial, max_file_bytes)
         for file in extras:
             shutil.copyfile(file, partial / file.name)
         if generation is not None:
@@ -214,10 +235,10 @@ def _read(
     return out if spec.stacked else out[0]
 
 
-def _save_tensors(model: Qwen3, folder: pathlib.Path, max_file_bytes: int) -> None:
+def _save_tensors(tensors: Iterator[tuple[str, np.ndarray]], folder: pathlib.Path, max_file_bytes: int) -> None:
     written: list[list[str]] = []
     total = 0
-    for batch in _batches(_tensors(model), max_file_bytes):
+    for batch in _batches(tensors, max_file_bytes):
         file = folder / f"part-{len(written)}"
         save_file(batch, file, metadata={"format": "pt"})
         file.chmod((folder / "config.json").stat().st_mode)  # as readable as the rest
@@ -227,10 +248,10 @@ def _save_tensors(model: Qwen3, folder: pathlib.Path, max_file_bytes: int) -> No
         (folder / "part-0").rename(folder / WEIGHTS_FILE)
         return
     places: dict[str, str] = {}
-    for part, tensors in enumerate(written):
+    for part, names in enumerate(written):
         name = f"model-{part + 1:05}-of-{len(written):05}.safetensors"
         (folder / f"part-{part}").rename(folder / name)
-        places |= dict.fromkeys(tensors, name)
+        places |= dict.fromkeys(names, name)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -290,8 +311,12 @@ def read_object(file: pathlib.Path) -> dict[str, object]:
     return content
 
 
-def _check_replaceable(target: pathlib.Path) -> None:
-    """Refuses to replace anything that a saved checkpoint would not hold."""
+def check_replaceable(target: pathlib.Path) -> None:
+    """Refuses to replace anything that a saved checkpoint would not hold.
+
+    Raises:
+      CheckpointError: naming what is in the way.
+    """
     if not target.exists():
         return
     if not target.is_dir():

@@ -9,7 +9,7 @@ import jax
 from gdro_jax.data import prompts
 from gdro_jax.models import hf, hub, qwen3
 from gdro_jax.models.checkpoint import read_config
-from gdro_jax.training import config_io, setup
+from gdro_jax.training import config_io, processes, setup
 from gdro_jax.training.checkpoint import restore_part
 from gdro_jax.training.config import Config
 
@@ -64,11 +64,16 @@ def save_policy(
 ) -> None:
     """Writes the model in its compute dtype, with its tokenizer and, where `stops` are given, the ids that end a text.
 
+    In a job of several processes all call it, and all end if process 0 cannot write.
+
     Raises:
       CheckpointError: the folder holds something else, or `tokens_at` no tokenizer.
     """
     generation = None if stops is None else {"eos_token_id": list(stops)}
-    hf.save(qwen3.working(model), out, tokenizer_from=tokens_at, generation=generation, max_file_bytes=max_file_bytes)
+    whole = qwen3.working(model)
+    processes.together(
+        lambda: hf.save(whole, out, tokenizer_from=tokens_at, generation=generation, max_file_bytes=max_file_bytes)
+    )
 
 
 def _of_run(run: pathlib.Path, step: str | None, config: Config) -> qwen3.Qwen3:

@@ -33,12 +33,13 @@ def batch_file(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def keep(folder: pathlib.Path, number: int, batch: Batch) -> None:
-    """Writes the arrays of a step's batch, by the names of `Batch` and, for how it was cut, `pieces.NAME`."""
-    if not processes.is_first():
-        return
+    """Writes the arrays of a step's batch, by the names of `Batch` and, for how it was cut, `pieces.NAME`.
+
+    Of several processes all call it; the errors of `processes.on_first`.
+    """
     arrays: dict[str, Any] = {name: np.asarray(x) for name, x in batch._asdict().items() if name != "pieces"}
     arrays |= {f"pieces.{name}": np.asarray(x) for name, x in batch.pieces._asdict().items()}
-    np.savez(batch_file(folder, number), **arrays)
+    processes.on_first(lambda: np.savez(batch_file(folder, number), **arrays))
 
 
 def check(left_out: LeftOut, limit: int, folder: pathlib.Path, number: int) -> None:

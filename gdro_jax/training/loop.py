@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdro_jax import controllers, rewards, sampling
+from gdro_jax import controllers, evaluation, rewards, sampling
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.models import qwen3
 from gdro_jax.models.config import work
@@ -46,6 +46,8 @@ from gdro_jax.training.run_log import RunLog
 
 _PLAN, _SAMPLE, _CUT, _EVAL, _INIT, _GATE, _ADAPT = range(7)  # purposes of random keys
 
+FAULTS_OF_ALL = (rewards.UnscorableError, evaluation.NothingScorableError, guard.NotFiniteError)
+"""What every process of a job finds alike, from the same grades and losses, and ends with by itself."""
 
 Watch = Callable[[int, sampling.Progress], None]  # of a step's number and how far its sampling is
 
@@ -121,8 +123,8 @@ class Trainer:
         `on_sampled` hears how far a step's sampling is, a segment at a time. A stop is heeded there too, in one process
         (several would have to agree first): what the step has sampled is dropped, and sampled again on resuming.
         However it ends, by a fault too, everything up to the last whole step is in a checkpoint; only a fault in the
-        update itself, which works in the state's own memory, leaves the checkpoint before, as any fault does where
-        there are several processes: the others, who must save with this one, may not know of it.
+        update itself, which works in the state's own memory, leaves the checkpoint before, as any but `FAULTS_OF_ALL`
+        does where there are several processes: the others, who must save with this one, may not know of it.
 
         Raises:
           agreement.Disagreement: sampler and trainer are too far apart; nothing is trained.
@@ -156,13 +158,16 @@ class Trainer:
                     self.save()
                 guard.check(self._left_out, self.config.train.max_skipped, self.folder, self.step)
             whole = True
+        except FAULTS_OF_ALL:
+            whole = True
+            raise
         finally:
             if whole:
                 self.save()
         done = self.step >= self.config.run.steps and self._pending is None
         if done and self.config.run.save_model:
             policy, tokens_at = self.parts.policy, setup.tokenizer_folder(self.config.model)
-            save_policy(self._policy(), self.folder / "model", tokens_at, policy.stop_tokens)
+            save_policy(self._policy(), self.folder / run_folder.MODEL, tokens_at, policy.stop_tokens)
         return done
 
     def check_agreement(self) -> agreement.Gap | None:
@@ -359,6 +364,7 @@ class Trainer:
 
     def _resume(self) -> bool:
         latest = self.checkpoints.latest()
+        processes.agree({f"the last checkpoint in run.output={self.config.run.output}": latest})
         if latest is None:
             return False
         like = self.state._replace(rule=jax.device_get(self.state.rule))

@@ -6,6 +6,7 @@ a file that is missing) goes through `gathered`, so that all go on with the same
 
 import importlib.metadata
 import json
+import math
 import os
 import sys
 import traceback
@@ -17,15 +18,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gdro_jax.training import rendezvous
+
 T = TypeVar("T")
 
 AUTO = "auto"
 HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 40, 60  # a peer that is gone for so long ends all
+JOIN_SECONDS = 60.0  # a peer that has not come by then ends those that have
+_ALIKE = ("gdro-jax", "jax", "jaxlib", "numpy", "tokenizers", "transformers", "math-verify")  # packages
 _ROOM = 1 << 16  # bytes of a message: one shape is compiled, and another for each doubling
 
 
 class JobError(ValueError):
     """The processes of a run differ, or one of them cannot go on; its text is one line, the same for all."""
+
+
+class JobFault(RuntimeError):
+    """A process of a job cannot go on, though what it was given is right: its disk is full, say; one line for all."""
 
 
 class Job(NamedTuple):
@@ -65,19 +74,35 @@ def job(coordinator: str | None, processes: int | None, own: int | None, environ
     return Job(address, processes, own)
 
 
-def join(asked: Job) -> None:
+def join(asked: Job, seconds: float = JOIN_SECONDS) -> None:
     """Joins the job; nothing of jax may have run before.
 
+    Args:
+      asked: the job.
+      seconds: how long the other processes are waited for.
+
     Raises:
-      JobError: there is none, or its other processes did not come.
+      JobError: there is none, or its other processes did not come. Where the machine names the job, jax ends a process
+        that waited in vain, so it says before what it waits for.
     """
+    named = f"--coordinator={asked.coordinator or AUTO}"
     try:
+        if asked.coordinator is None:
+            sys.stderr.write(f"{named}: waits up to {seconds:g} s (--join-timeout) for all processes of the job\n")
+        else:
+            assert asked.processes is not None and asked.number is not None
+            rendezvous.meet(asked.coordinator, asked.processes, asked.number, seconds)
         jax.distributed.initialize(
-            *asked, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+            *asked,
+            initialization_timeout=math.ceil(seconds),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+    except rendezvous.MeetingError as error:
+        raise JobError(f"{named}: {error}") from None
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise JobError(f"--coordinator={asked.coordinator or AUTO}: cannot join the job ({reason})") from None
+        raise JobError(f"{named}: cannot join the job ({reason})") from None
 
 
 def count() -> int:
@@ -95,16 +120,17 @@ class Membership:
 
     Args:
       asked: joined on entry.
+      patience: seconds that the others are waited for then.
       ends_alike: errors that every process ends with by itself; after any other this one leaves at once, and the
         others end by the broken connection, or after `HEARTBEAT_SECONDS` of silence.
     """
 
-    def __init__(self, asked: Job | None, ends_alike: tuple[type[Exception], ...]):
-        self._asked, self._ends_alike = asked, ends_alike
+    def __init__(self, asked: Job | None, ends_alike: tuple[type[Exception], ...], patience: float = JOIN_SECONDS):
+        self._asked, self._ends_alike, self._patience = asked, ends_alike, patience
 
     def __enter__(self) -> Self:
         if self._asked is not None:
-            join(self._asked)
+            join(self._asked, self._patience)
         return self
 
     def __exit__(
@@ -147,19 +173,21 @@ def together(build: Callable[[], T]) -> T:
     """What each process builds for itself, once all have.
 
     Raises:
-      the ValueError or OSError of this process, or `JobError` with that of another: all end, with its line.
+      the ValueError or OSError of this process; in a job `JobError` for the ValueError of another, and
+        `JobFault` for an OSError of any: all end, with its line.
     """
     problem: ValueError | OSError | None = None
     try:
         built = build()
     except (ValueError, OSError) as error:
         problem = error
-    texts = gathered(None if problem is None else str(problem))
-    if problem is not None:
+    said = gathered(None if problem is None else [str(problem), not isinstance(problem, ValueError)])
+    if problem is not None and (count() == 1 or isinstance(problem, ValueError)):
         raise problem
-    for at, text in enumerate(texts):
-        if text is not None:
-            raise JobError(f"process {at}: {text}")
+    for at, what in enumerate(said):
+        if what is not None:
+            text, fault = what
+            raise (JobFault if fault else JobError)(f"process {at}: {text}")
     return built
 
 
@@ -169,24 +197,24 @@ def on_first(build: Callable[[], T]) -> T | None:
 
 
 def agree(facts: Mapping[str, object]) -> None:
-    """Compares what all must have alike.
+    """Compares what all must have alike, by how Python writes it.
 
     Raises:
       JobError: naming the first thing that differs, and both values.
     """
-    first, *others = gathered(dict(facts))
+    first, *others = gathered({name: repr(value) for name, value in facts.items()})
     for at, theirs in enumerate(others, 1):
         for name in first | theirs:
             if first.get(name) != theirs.get(name):
                 raise JobError(
-                    f"{name}={theirs.get(name)!r} in process {at} and {first.get(name)!r} in process 0: "
+                    f"{name}={theirs.get(name)} in process {at} and {first.get(name)} in process 0: "
                     "all processes of a run must have the same"
                 )
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {f"version of {name}": importlib.metadata.version(name) for name in ("gdro-jax", "jax", "jaxlib")}
+    """Of what computes, draws, tokenises and grades."""
+    return {f"version of {name}": importlib.metadata.version(name) for name in _ALIKE}
 
 
 def _number(given: int | None, flag: str, name: str, environment: Mapping[str, str]) -> int:

@@ -1,13 +1,19 @@
 """A run's folder: made, or found to hold this very run, before anything is written to it."""
 
 import pathlib
+import secrets
+import time
 from collections.abc import Sequence
 
 import filelock
 
+from gdro_jax.models import hf
 from gdro_jax.training import config_io, processes
 from gdro_jax.training.config import Config
 from gdro_jax.training.setup import InputError, claim_folder
+
+MODEL = "model"  # the trained policy
+PATIENCE = 10.0  # seconds until a file of process 0 is seen: a network file system keeps what it knew for some
 
 
 def claim(config: Config) -> filelock.BaseFileLock | None:
@@ -21,22 +27,37 @@ def claim(config: Config) -> filelock.BaseFileLock | None:
       processes.JobError: so it is for another process.
     """
     lock = processes.on_first(lambda: _locked(config))
-    file = pathlib.Path(config.run.output) / "config.yaml"
-
-    def seen() -> None:
-        if not file.exists():
-            raise InputError(
-                f"run.output={config.run.output!r}: {file.name} that process 0 wrote is not there; "
-                "all processes of a run need a folder that they share"
-            )
-
     try:
-        processes.together(seen)
+        if processes.count() > 1:
+            _check_shared(config.run.output)
     except ValueError:
         if lock is not None:
             lock.release()
         raise
     return lock
+
+
+def _check_shared(output: str) -> None:
+    """Refuses a folder where a process does not find what process 0 writes now; one of an earlier run tells nothing."""
+    file = pathlib.Path(output) / ".shared"
+    token = processes.gathered(secrets.token_hex(8))[0]
+
+    def seen() -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not (file.is_file() and file.read_text() == token):
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"run.output={output!r}: what process 0 writes there is not seen within {PATIENCE:.0f} s; "
+                    "all processes of a run need a folder that they share"
+                )
+            time.sleep(0.1)
+
+    try:
+        processes.on_first(lambda: file.write_text(token))
+        processes.together(seen)
+    finally:
+        if processes.is_first():
+            file.unlink(missing_ok=True)
 
 
 def _locked(config: Config) -> filelock.BaseFileLock:
@@ -52,16 +73,19 @@ def _locked(config: Config) -> filelock.BaseFileLock:
 
 
 def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str) -> None:
-    """`first_prompt.txt`: how many tokens and which, and below an empty line the text that they are."""
-    if not processes.is_first():
-        return
-    ids = " ".join(map(str, tokens))
-    (folder / "first_prompt.txt").write_text(f"{len(tokens)} tokens: {ids}\n\n{text}\n")
+    """`first_prompt.txt`: how many tokens and which, and below an empty line the text that they are.
+
+    Of several processes all call it; the errors of `processes.on_first`.
+    """
+    content = f"{len(tokens)} tokens: {' '.join(map(str, tokens))}\n\n{text}\n"
+    processes.on_first(lambda: (folder / "first_prompt.txt").write_text(content))
 
 
 MAY_DIFFER = (
     *("sampling.gap_tolerance", "sampling.server_timeout", "data.verifier_workers"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    # What other devices may force.
+    *("train.microbatches", "model.remat", "sampling.slots", "sampling.segment", "eval.problems_per_call"),
 )
 """Fields that change what a run takes or refuses, not what it computes beyond rounding."""
 
@@ -73,9 +97,12 @@ def check(config: Config) -> None:
 
     Raises:
       InputError: what differs.
+      CheckpointError: where the model is to be, there is something else.
     """
     folder = pathlib.Path(config.run.output)
     file = folder / "config.yaml"
+    if config.run.save_model:
+        hf.check_replaceable(folder / MODEL)  # not only once all is trained
     if file.exists():
         found = config_io.load(file)
         mine, theirs = config_io.to_dict(config), config_io.to_dict(found)

@@ -31,9 +31,9 @@ class RunLog:
         self.steps = set(steps)
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Adds one record; numbers that are not finite become null."""
-        if self._file is not None:
-            self._file.write(record)
+        """Adds one record; numbers that are not finite become null; the errors of `processes.on_first`."""
+        file = self._file
+        processes.together(lambda: None if file is None else file.write(record))
 
     def close(self) -> None:
         """Closes the file."""

@@ -1,5 +1,6 @@
 """Builds what a run works on from its configuration; every input problem is found here, before anything is trained."""
 
+import hashlib
 import importlib.resources
 import pathlib
 import tempfile
@@ -12,12 +13,21 @@ import transformers
 from gdro_jax import controllers
 from gdro_jax.data import orders, prompts
 from gdro_jax.models import attention, hf, hub, lora, qwen3
+from gdro_jax.models.checkpoint import digest, read_config
 from gdro_jax.training import inputs, mesh
 from gdro_jax.training.config import Config, ControllerConfig, MeshConfig, ModelConfig
 
 
 class InputError(ValueError):
     """Input that cannot be used; its text is one line that says what, where, which value and what is allowed."""
+
+
+class Source(NamedTuple):
+    """What the host reads of a model before its weights."""
+
+    architecture: qwen3.Qwen3Config
+    tokenizer: transformers.PreTrainedTokenizerBase
+    stop_tokens: tuple[int, ...]
 
 
 class Policy(NamedTuple):
@@ -28,8 +38,21 @@ class Policy(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
+class Checked(NamedTuple):
+    """A run's parts but for the weights; `heldout` is None without evaluation; `notes` say what was noticed, and show a
+    prompt."""
+
+    source: Source
+    train: prompts.Prompts
+    heldout: prompts.Prompts | None
+    rule: controllers.Rule
+    order: orders.Order
+    layout: mesh.Layout
+    notes: tuple[str, ...]
+
+
 class Setup(NamedTuple):
-    """A run's parts; `heldout` is None without evaluation; `notes` say what was noticed, and show a prompt."""
+    """A run's parts, those of `Checked` and the policy."""
 
     policy: Policy
     train: prompts.Prompts
@@ -98,8 +121,8 @@ def layout(config: Config, devices: Sequence[jax.Device] | None = None) -> mesh.
     return found
 
 
-def load_policy(config: ModelConfig, layout: mesh.Layout = mesh.ONE_DEVICE) -> Policy:
-    """Model, tokenizer and stop tokens; parameters are read straight to where the layout wants them.
+def read(config: ModelConfig) -> Source:
+    """Everything of a model but its weights; no device is used.
 
     Raises:
       InputError, CheckpointError: a missing folder or file, or one that does not fit.
@@ -121,23 +144,38 @@ def load_policy(config: ModelConfig, layout: mesh.Layout = mesh.ONE_DEVICE) -> P
             lora.adapter_specs(architecture(config), config.lora_rank, lora.targets(config.lora_targets))
         except ValueError as error:
             raise InputError(f"model.{error}") from None
-    held = config.param_dtype if config.lora_rank is None else config.dtype  # what is frozen need not be finer
-    if config.random_init is None:
-        model = hf.load(folder, dtype=held, mesh=layout.mesh)
-    else:
-        key, cut = jax.random.key(config.random_init), architecture(config)
-        model = layout.made(cut, lambda key: qwen3.init(cut, key, held), key)
-    kernel = attention_kernel(config, model.config, jax.devices()[0])
-    model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, kernel)
+    cut = read_config(folder) if config.random_init is None else architecture(config)
+    attention_kernel(config, cut, jax.devices()[0])
     tokenizer = load_tokenizer(tokens_at)
     stops = prompts.stop_tokens(folder, tokenizer)
-    vocab = model.config.vocab_size
+    vocab = cut.vocab_size
     if len(tokenizer) > vocab:
         raise InputError(f"model.tokenizer: {tokens_at} has {len(tokenizer)} tokens, the model's vocabulary is {vocab}")
     outside = [t for t in stops if t >= vocab]
     if outside:
         raise InputError(f"model.path={config.path!r}: stop tokens {outside} are outside the vocabulary of {vocab}")
-    return Policy(model, tokenizer, stops)
+    return Source(cut, tokenizer, stops)
+
+
+def load_policy(config: ModelConfig, layout: mesh.Layout = mesh.ONE_DEVICE, source: Source | None = None) -> Policy:
+    """Model, tokenizer and stop tokens; parameters are read straight to where the layout wants them.
+
+    Args:
+      source: what `read(config)` gave before; None reads it.
+
+    Raises:
+      InputError, CheckpointError: a missing folder or file, or one that does not fit.
+    """
+    source = read(config) if source is None else source
+    held = config.param_dtype if config.lora_rank is None else config.dtype  # what is frozen need not be finer
+    if config.random_init is None:
+        model = hf.load(model_folder(config.path), dtype=held, mesh=layout.mesh)
+    else:
+        key, cut = jax.random.key(config.random_init), source.architecture
+        model = layout.made(cut, lambda key: qwen3.init(cut, key, held), key)
+    kernel = attention_kernel(config, model.config, jax.devices()[0])
+    model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, kernel)
+    return Policy(model, source.tokenizer, source.stop_tokens)
 
 
 def adapters(config: ModelConfig, architecture: qwen3.Qwen3Config, key: jax.Array) -> lora.Adapters:
@@ -153,13 +191,23 @@ def adapters(config: ModelConfig, architecture: qwen3.Qwen3Config, key: jax.Arra
     )
 
 
-def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs | None = None) -> Setup:
-    """Loads and checks everything a run needs.
+def assemble(config: Config) -> Setup:
+    """Loads and checks everything a run needs; the errors of `check` and `load_policy`."""
+    checked = check(config)
+    return with_policy(checked, load_policy(config.model, checked.layout, checked.source))
+
+
+def with_policy(checked: Checked, policy: Policy) -> Setup:
+    """The parts with their policy, which several runs may share."""
+    return Setup(policy, *checked[1:])
+
+
+def check(config: Config, source: Source | None = None, data: inputs.Inputs | None = None) -> Checked:
+    """Loads and checks everything a run needs but the weights.
 
     Args:
       config: the run's configuration.
-      policy: what `load_policy(config.model, layout(config))` gave before, to hold one copy for several runs;
-        None loads it.
+      source: what `read(config.model)` gave before; None reads it.
       data: what `inputs.load(config)` gave before, to check it once for several runs; None loads it.
 
     Raises:
@@ -167,14 +215,14 @@ def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs |
     """
     where = layout(config)
     data = inputs.load(config) if data is None else data
-    policy = load_policy(config.model, where) if policy is None else policy
-    train, notes = inputs.ready(data.train, config.data.template, policy.tokenizer, config)
+    source = read(config.model) if source is None else source
+    train, notes = inputs.ready(data.train, config.data.template, source.tokenizer, config)
     first = train.tokens[0]
-    shown = f"first prompt, {len(first)} tokens: {policy.tokenizer.decode(list(first))!r}"
+    shown = f"first prompt, {len(first)} tokens: {source.tokenizer.decode(list(first))!r}"
     notes = [*data.notes, *notes, shown]
     heldout = None
     if data.heldout is not None:
-        heldout, more = inputs.ready(data.heldout, config.eval_template, policy.tokenizer, config)
+        heldout, more = inputs.ready(data.heldout, config.eval_template, source.tokenizer, config)
         notes += more
     if config.train.prompts_per_step > len(train.problems):
         raise InputError(
@@ -193,9 +241,25 @@ def assemble(config: Config, policy: Policy | None = None, data: inputs.Inputs |
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"controller: {error}") from None
-    response = max(config.sampling.max_new_tokens, config.eval_sampling(policy.stop_tokens).max_new_tokens)
-    check_length(policy, [p for p in (train, heldout) if p is not None], response, config)
-    return Setup(policy, train, heldout, rule, order, where, tuple(notes))
+    response = max(config.sampling.max_new_tokens, config.eval_sampling(source.stop_tokens).max_new_tokens)
+    check_length(source.architecture, [p for p in (train, heldout) if p is not None], response, config)
+    return Checked(source, train, heldout, rule, order, where, tuple(notes))
+
+
+def facts(config: Config, checked: Checked) -> dict[str, object]:
+    """What decides the numbers of a run and is not in its configuration, to compare between processes."""
+    model, tokens = config.model, checked.source.tokenizer.backend_tokenizer.to_str()
+    folder = model_folder(model.path, weights=model.random_init is None)
+    heldout = None if checked.heldout is None else checked.heldout.fingerprint
+    return {
+        f"problems of data.train={config.data.train}": checked.train.fingerprint,
+        f"problems of eval.data={config.eval.data}": heldout,
+        **{f"{name} of model.path={model.path}": value for name, value in checked.source.architecture.to_hf().items()},
+        f"weights of model.path={model.path}": digest(folder, "", weights=model.random_init is None),
+        "stop tokens": checked.source.stop_tokens,
+        "tokens of the tokenizer": len(checked.source.tokenizer),
+        "tokenizer": hashlib.sha256(tokens.encode()).hexdigest()[:16],
+    }
 
 
 def most_rollouts(config: ControllerConfig) -> int | None:
@@ -256,14 +320,16 @@ def longest_prompt(config: Config) -> int:
     return train.longest
 
 
-def check_length(policy: Policy, asked: Sequence[prompts.Prompts], response: int, config: Config) -> None:
+def check_length(
+    architecture: qwen3.Qwen3Config, asked: Sequence[prompts.Prompts], response: int, config: Config
+) -> None:
     """Prompt and `response` tokens together must have a position each.
 
     Raises:
       InputError: they may need more than the model has.
     """
     longest = config.data.max_prompt_tokens or max(p.longest for p in asked)
-    needed, most = longest + response, policy.model.config.positions
+    needed, most = longest + response, architecture.positions
     if needed > most:
         raise InputError(
             f"sampling.max_new_tokens={response}: with prompts of up to {longest} tokens that is "

@@ -12,7 +12,7 @@ import transformers
 from gdro_jax import rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.models import hf
-from gdro_jax.training import InputError, config_io
+from gdro_jax.training import InputError, config_io, run_folder
 
 SPREAD = ("controller.settings.statistic=pass_at_k", "controller.settings.k=1")  # bins fill from the second epoch on
 SAMPLED = ("controller.name=joint", "controller.settings.selection=sample", "run.checkpoint_every=2", *SPREAD)
@@ -143,6 +143,37 @@ def test_a_folder_that_another_process_trains_in_is_refused(configure, launch, t
     train(first)
     first.close()
     assert launch(configure("run.steps=2")).step == 1
+
+
+FORCED = (
+    "train.microbatches=2",
+    "model.remat=products",
+    "sampling.slots=5",
+    "sampling.segment=2",
+    "eval.problems_per_call=4",
+)
+
+
+def test_what_other_devices_force_may_differ_on_resume(configure):
+    run_folder.claim(configure()).release()
+    run_folder.check(configure(*FORCED))
+    with pytest.raises(InputError, match=r"another configuration \(train\.minibatches=1, now 2\)"):
+        run_folder.check(configure(*FORCED, "train.minibatches=2"))
+
+
+@pytest.mark.slow
+def test_a_run_resumed_with_what_other_devices_force_is_the_same_up_to_rounding(configure, launch, heldout):
+    settings = (*SAMPLED, *heldout, "run.steps=4", "train.minibatches=2", "train.length_buckets=null")
+    whole = train(launch(configure(*settings, output="whole")))
+    parts = train(launch(configure(*settings, output="parts")), stop_at=2)
+    parts += train(launch(configure(*settings, *FORCED, output="parts")))
+    assert [record["step"] for record in parts] == [0, 1, 2, 3, 4]
+    for a, b in zip(parts, whole, strict=True):
+        assert a.get("eval") == b.get("eval")
+        for name in ("loss", "grad_norm", "reward", "response_length", "logprob_gap") if a["step"] else ():
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-5)
+        for name in ("rollouts", "tokens", "scored", "prompts"):
+            assert a["ledger"][name] == b["ledger"][name]
 
 
 def test_a_folder_that_lost_its_configuration_is_refused(configure, launch, tmp_path):

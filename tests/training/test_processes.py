@@ -1,20 +1,25 @@
 """Real jobs of two processes over gloo: the run of one process, and how they end together."""
 
+import datetime
+import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from gdro_jax import cli
+from gdro_jax import cli, commands, rewards
 from gdro_jax.models import hf
-from gdro_jax.training import processes
+from gdro_jax.models.checkpoint import CheckpointError
+from gdro_jax.training import InputError, export, guard, processes, run_folder, run_log, setup
 
 PATIENCE = 400.0  # seconds: a bound for a hung process on a busy machine, far from what it takes
 
@@ -129,6 +134,17 @@ def test_two_processes_are_one_and_go_on_after_a_signal_to_one(tmp_path, tiny_fo
 
 
 @pytest.mark.slow
+def test_a_fault_of_all_is_one_line_of_each_and_a_checkpoint(tmp_path, tiny_folder, problems, monkeypatch):
+    (tmp_path / "moody.py").write_text("def grade(response, answer):\n    return None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    codes, lines, _ = Pair(settings(tmp_path, tiny_folder, "run", data__verifier="moody:grade")).ended()
+    assert codes == [1, 1], lines
+    assert lines[0][-1] == lines[1][-1] and lines[1][-1].startswith("gdro train: step 1: 100% of the responses could")
+    assert len(lines[1]) == 1
+    assert [place.name for place in (tmp_path / "run" / "checkpoints").iterdir()] == ["0"]
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, tiny_folder, problems):
     pair = Pair(settings(tmp_path, tiny_folder, "run", run__steps=100_000))
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -158,6 +174,8 @@ def test_the_job_is_named_by_flags_or_environment():
         (["--coordinator=host"], "--coordinator='host': expected HOST:PORT"),
         (["--coordinator=h:1", "--num-processes=2"], "--process-id: needed with --coordinator"),
         (["--coordinator=h:1", "--num-processes=2", "--process-id=2"], "--process-id=2: must be in 0..1"),
+        (["--join-timeout=5"], "--join-timeout: needs --coordinator"),
+        (["--join-timeout=nan"], "--join-timeout=nan: must be above 0"),
     ],
 )
 def test_a_job_that_is_not_named_whole_is_one_line(words, says, capsys):
@@ -167,6 +185,19 @@ def test_a_job_that_is_not_named_whole_is_one_line(words, says, capsys):
     assert ended.value.code == 2 and error.count("\n") == 1 and says in error
 
 
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [(0, "process 1 of 2 did not come within 0.2 s"), (1, "process 0 was not found within 0.2 s (Connection refused)")],
+)
+def test_a_process_that_never_comes_is_one_line(number, why, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    job = [f"--coordinator={address}", "--num-processes=2", f"--process-id={number}", "--join-timeout=0.2"]
+    assert cli.main(["train", *job]) == 2
+    assert capsys.readouterr().err == f"gdro train: --coordinator={address}: {why}\n"
+
+
 def test_without_others_nothing_is_asked_of_them():
     assert processes.gathered({"a": 1}) == [{"a": 1}] and processes.on_first(pathlib.Path) == pathlib.Path()
     stop = lambda: True  # noqa: E731
@@ -174,3 +205,145 @@ def test_without_others_nothing_is_asked_of_them():
     processes.agree({"a": 1})
     with pytest.raises(ValueError, match="mine"):
         processes.together(lambda: int("mine"))
+
+
+class Two:
+    """Two pretended processes: what process 1 passes to `gathered` is what `other` makes of process 0's."""
+
+    def __init__(self, monkeypatch, number=0, other=lambda value: value):
+        monkeypatch.setattr(processes, "count", lambda: 2)
+        monkeypatch.setattr(processes, "number", lambda: number)
+        monkeypatch.setattr(processes, "gathered", lambda value: [value, other(value)][:: -1 if number else 1])
+
+
+def changed_file(folder, name, change):
+    file = folder / name
+    file.write_bytes(change(file.read_bytes()))
+
+
+INPUTS = {
+    "data.train": lambda at: changed_file(at, "twelve.jsonl", lambda text: text.replace(b'"4"', b'"5"')),
+    "eval.data": lambda at: changed_file(at, "heldout.jsonl", lambda text: text.replace(b'"4"', b'"5"')),
+    "rms_norm_eps of": lambda at: changed_file(
+        at / "model", "config.json", lambda text: text.replace(b"1e-06", b"1e-05")
+    ),
+    "weights of": lambda at: changed_file(
+        at / "model", "model.safetensors", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])
+    ),
+    "stop tokens": lambda at: (at / "model" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}'),
+    "tokenizer=": lambda at: changed_file(
+        at / "model", "tokenizer.json", lambda text: text.replace(b'"!":', b'"!!!":')
+    ),
+}
+
+
+@pytest.mark.parametrize("what", INPUTS)
+def test_inputs_that_differ_between_processes_are_named(what, configure, tmp_path, tiny_folder, monkeypatch):
+    """What decides a run's numbers and is no field of its configuration."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    config = configure(f"eval.data={tmp_path / 'heldout.jsonl'}", f"model.path={tmp_path / 'model'}")
+    (tmp_path / "heldout.jsonl").write_bytes((tmp_path / "twelve.jsonl").read_bytes())
+    here = setup.facts(config, setup.check(config))
+    INPUTS[what](tmp_path)
+    there = setup.facts(config, setup.check(config))
+    Two(monkeypatch, other=lambda value: {name: repr(fact) for name, fact in there.items()})
+    with pytest.raises(processes.JobError, match=f"{what}.* in process 1 and .* in process 0: all processes") as caught:
+        processes.agree(here)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_json_cannot_write_is_compared_too(monkeypatch):
+    Two(monkeypatch)
+    processes.agree({"data.chat": {"day": datetime.date(2026, 1, 1), datetime.date(2026, 1, 2): float("nan")}})
+
+
+def test_versions_of_what_draws_tokenises_and_grades_are_compared():
+    assert {f"version of {name}" for name in ("jax", "transformers", "tokenizers", "math-verify")} <= set(
+        processes.versions()
+    )
+
+
+def test_a_folder_that_is_not_shared_is_refused_with_an_old_run_in_it_too(configure, tmp_path, monkeypatch):
+    """Process 1 looks at a folder of its own, where the configuration of an earlier run lies."""
+    config, there = configure(), configure(output="local")
+    for one in (config, there):
+        run_folder.claim(one).release()
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
+    Two(monkeypatch)
+    run_folder.claim(config).release()  # process 0 sees what it wrote
+    assert not (tmp_path / "run" / ".shared").exists()
+    Two(monkeypatch, number=1, other=lambda value: None)
+    with pytest.raises(
+        InputError, match=r"run.output=.*local': what process 0 writes there is not seen within 0 s; all"
+    ):
+        run_folder.claim(there)
+
+
+def test_another_last_checkpoint_is_refused(configure, launch, monkeypatch):
+    trainer = launch(configure())
+    Two(monkeypatch, other=lambda value: {name: "7" for name in value})
+    with pytest.raises(processes.JobError, match=r"the last checkpoint in run.output=.*=7 in process 1 and None in"):
+        trainer._resume()
+
+
+def test_a_model_that_could_not_be_written_is_found_before_anything_is_trained(configure, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds notes.txt, which is no checkpoint file; refusing to replace it"):
+        run_folder.claim(configure("run.save_model=true"))
+    run_folder.claim(configure()).release()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_model_that_process_0_cannot_write_ends_all(number, tmp_path, tiny_model, tiny_folder, monkeypatch):
+    """Every process takes part in gathering it, and every one hears of it."""
+    (tmp_path / "notes.txt").write_text("mine")
+    Two(monkeypatch, number, other=lambda value: ["no checkpoint file", False] if number else None)
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gathered, tensors = [], hf._tensors
+
+    def counted(model):
+        for name, array in tensors(model):
+            gathered.append(name)
+            yield name, array
+
+    monkeypatch.setattr(hf, "_tensors", counted)
+    with pytest.raises(CheckpointError if number == 0 else processes.JobError, match="no checkpoint file"):
+        export.save_policy(tiny_model, tmp_path, tiny_folder, None)
+    assert gathered == [name for name, _ in tensors(tiny_model)]
+
+
+def test_a_fault_that_all_find_leaves_a_checkpoint_and_one_line(configure, launch, monkeypatch):
+    trainer = launch(configure("data.max_unscorable=0.1"), None)
+    trainer.verifier = type(trainer.verifier)(unscorable=2)
+    Two(monkeypatch)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("left without the others"))
+    with pytest.raises(rewards.UnscorableError) as caught, processes.Membership(None, commands.ENDS_ALIKE):
+        trainer.run(lambda record: None)
+    assert isinstance(caught.value, commands.FAULTS)
+    assert trainer.checkpoints.latest() == 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("what", ["log", "first prompt", "batch"])
+def test_a_full_disk_of_process_0_ends_all_with_one_line(what, number, tmp_path, case, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "there")
+
+    log = run_log.RunLog(tmp_path / "metrics.jsonl", None)
+    if number:
+        log._file = None
+    said = ["[Errno 28] No space left on device: 'there'", True]
+    Two(monkeypatch, number, other=lambda value: said if number else None)
+    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(processes.JobFault, match=r"^process 0: .* No space left on device: 'there'$") as caught:
+        if what == "log":
+            log.write({"step": 1})
+        elif what == "batch":
+            guard.keep(tmp_path, 1, case.batch)
+        else:
+            run_folder.keep_first_prompt(tmp_path, [1], "one")
+    assert isinstance(caught.value, commands.FAULTS) and isinstance(caught.value, commands.ENDS_ALIKE)
