@@ -98,8 +98,8 @@ def layout(config: Config, devices: Sequence[jax.Device] | None = None) -> mesh.
     microbatches, rows = config.train.microbatches, config.rows_per_step // pieces
     if config.train.length_buckets is not None and rows < microbatches:
         raise InputError(
-            f"train.microbatches={microbatches}: must be at most {rows}, the rows of a minibatch that each of the mesh's "
-            f"{found.shards} shards gets, with train.length_buckets"
+            f"train.microbatches={microbatches}: must be at most {rows}, the rows of a minibatch that each of the "
+            f"mesh's {found.shards} shards gets, with train.length_buckets"
         )
     return found
 
