@@ -1,12 +1,15 @@
 """The training step on heavy-tailed response lengths: how much of its work is padding, and its time, cut either way.
 
     python experiments/benchmarks/length_buckets.py [--buckets B] [--microbatches A] [--repeats N] [--no-time]
+    python experiments/benchmarks/length_buckets.py --mesh
 
-Prints one JSON line. Workload W3: 16 prompts of 64 tokens, 8 rollouts each of at most 512 tokens, lengths geometric
-with a mean of 64, the model of `train_step.py` W1b. Padding is given as shares of the tokens that go through weights,
-of query-key pairs, and of the blocks' FLOPs with the prompts left out; the prompts' own work is stated beside it, in
-runs of all prompts forward and backward. The head is run for real tokens alone either way. Timings: whole steps after
-the first, the two sides in turn.
+Prints one JSON line, with `--mesh` one for each number of shards. Workload W3: 16 prompts of 64 tokens, 8 rollouts
+each of at most 512 tokens, lengths geometric with a mean of 64, the model of `train_step.py` W1b. Padding is given as
+shares of the tokens that go through weights, of query-key pairs, and of the blocks' FLOPs with the prompts left out;
+the prompts' own work is stated beside it, in runs of all prompts forward and backward. The head is run for real tokens
+alone either way. Timings: whole steps after the first, the two sides in turn. `--mesh` cuts steps of more rows for
+several shards, with the trainer's own code and nothing run on any device; of the prompts a tenth have rows of equal
+rewards, which are without a gradient.
 """
 
 import argparse
@@ -68,6 +71,29 @@ def shares(train: TrainConfig, seeds: range = range(10)) -> dict[str, float]:
     return {name: round(float(x), 4) for name, x in zip(names, np.mean(found, axis=0), strict=True)}
 
 
+MESHES = ((1, 128, 64), (4, 128, 16), (4, 128, 32), (8, 512, 32), (8, 512, 64), (8, 1024, 128), (16, 2048, 64),
+          (16, 2048, 128))  # shards, rows, microbatches  # fmt: skip
+
+
+def on_mesh(shards: int, rows: int, microbatches: int, buckets: int, seeds: range = range(10)) -> dict[str, float]:
+    """Means of padding over steps of other lengths, and of the seconds that the cut takes."""
+    each, longest, found = SIZE["rollouts"], SIZE["length"], []
+    train = TrainConfig(length_buckets=buckets, microbatches=microbatches, kl_coef=0.0)
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        used, before = np.minimum(rng.geometric(1 / MEAN, rows), longest), np.full(rows, SIZE["prompt"])
+        rewards = np.arange(rows) % 2 * np.repeat(rng.random(rows // each) > 0.1, each)
+        pieces = batching.cut(np.full(rows // each, each), shards, rng, each)
+        begun = time.perf_counter()
+        cut = packing.pack_step(pieces, train, np.arange(longest) < used[:, None], rewards, np.ones(rows, bool))
+        seconds = time.perf_counter() - begun
+        spent = packing.padding(cut, train, used, before, longest, SIZE["prompt"])
+        flops = spent.share(*work(train_step.architecture(SIZE)))
+        found.append((spent.share(1.0, 0.0), spent.share(0.0, 1.0), flops, float(cut.number[0]), seconds))
+    names = ("of_tokens", "of_pairs", "of_flops", "pieces", "seconds")
+    return {name: round(float(x), 4) for name, x in zip(names, np.mean(found, axis=0), strict=True)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--buckets", type=int, default=6)
@@ -75,7 +101,15 @@ def main() -> None:
     parser.add_argument("--padded", type=int, default=16, help="microbatches of padded rows")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--mesh", action="store_true", help="padding on several shards alone")
     known = parser.parse_args()
+    if known.mesh:
+        for shards, rows, microbatches in MESHES:
+            line = {"workload": "W3 lengths on a mesh", "shards": shards, "rows": rows, "microbatches": microbatches}
+            for buckets in (6, 8, 12):
+                line[f"{buckets} buckets"] = on_mesh(shards, rows, microbatches, buckets)
+            print(json.dumps(line))
+        return
     base = {"kl_coef": 0.0, "learning_rate": 1e-5, "weight_decay": 0.01}
     padded = TrainConfig(microbatches=known.padded, **base)
     packed = TrainConfig(microbatches=known.microbatches, length_buckets=known.buckets, **base)

@@ -45,7 +45,7 @@ class Step(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """A piece: flat rows and their prompts int32[S, K], which of them are there bool[K], their groups."""
+    """A piece: flat rows and their prompts int32[S, K], which of them are there bool[S, K], their groups."""
 
     rows: jax.Array
     prompts: jax.Array
@@ -105,12 +105,12 @@ def logprobs(step: Step, model: qwen3.Qwen3, cut: Packed) -> jax.Array:
         window = _window(cut, number, shape)
 
         def shard(given: tuple) -> jax.Array:
-            rows, of, places = _stream(step, window.live, shape, *given[:2])
-            hidden = _hidden(model, _prompt_kv(step, *given[2:]), given[-1][2], rows, of, window.groups, shape)
+            rows, of, places = _stream(step, shape, *given[:3])
+            hidden = _hidden(model, _prompt_kv(step, *given[3:]), given[-1][2], rows, of, window.groups, shape)
             return _head(step, model, hidden, rows, places)
 
-        new = step.layout.over_shards(shard, (window.rows, window.prompts, cut.prompts, floats))
-        return jax.lax.dynamic_update_slice_in_dim(found, new, cut.piece_rows[number], axis=1)
+        new = step.layout.over_shards(shard, (window.rows, window.prompts, window.live, cut.prompts, floats))
+        return _put(found, new, cut.piece_rows[:, number])
 
     shards, rows = cut.rows.shape
     start = jnp.zeros((shards, rows + shape.rows, step.batch.tokens.shape[1]), jnp.float32)
@@ -125,8 +125,8 @@ def _piece(
     window = _window(cut, number, shape)
 
     def shard(given: tuple) -> Sums:
-        rows, of, places = _stream(step, window.live, shape, *given[:2])
-        _, _, prompts, floats, ref_floats = given
+        rows, of, places = _stream(step, shape, *given[:3])
+        *_, prompts, floats, ref_floats = given
         model, ref = piece.policy(trained, step.reference), None
         if ref_floats is not None:
             assert step.reference is not None
@@ -136,26 +136,28 @@ def _piece(
         hidden = _hidden(model, _prompt_kv(step, prompts, floats), floats[2], rows, of, window.groups, shape)
         return piece.sums(model, hidden, ref, rows, step.config, step.temperature, places)
 
-    given = (window.rows, window.prompts, cut.prompts, floats, ref_floats)
+    given = (window.rows, window.prompts, window.live, cut.prompts, floats, ref_floats)
     sums, plain, gap = step.layout.over_shards(shard, given)
     added = jax.tree.map(lambda x: x.sum(0), sums._replace(per_row=jnp.zeros_like(plain[:, 0])))
     return added, plain, gap.max()
 
 
 def _window(cut: Packed, number: jax.Array, shape: Sizes) -> _Window:
-    first = cut.piece_rows[number]
-    rows, prompts = (
-        jax.lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (0, shape.rows))), first, shape.rows, axis=1)
-        for x in (cut.rows, cut.local_index)
-    )
+    begin, behind = jnp.asarray(cut.piece_rows)[:, number], jnp.asarray(cut.piece_rows)[:, number + 1]
+    place = jnp.arange(shape.rows)
+
+    def taken(x: Any) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, shape.rows)))
+        return jnp.take_along_axis(padded, begin[:, None] + place, axis=1)
+
     ends = (cut.piece_groups[number], cut.piece_groups[number + 1])
-    start, stop = jnp.asarray(cut.group_first) - first, jnp.asarray(cut.group_last) - first
-    groups = ragged.Groups(start, stop, jnp.asarray(cut.group_size), *ends)
-    return _Window(rows, prompts, jnp.arange(shape.rows) < cut.piece_rows[number + 1] - first, groups)
+    first, last, size = (jnp.asarray(x) for x in (cut.group_first, cut.group_last, cut.group_size))
+    groups = ragged.Groups(first, last, size, *ends)
+    return _Window(taken(cut.rows), taken(cut.local_index), place < (behind - begin)[:, None], groups)
 
 
 def _stream(
-    step: Step, live: jax.Array, shape: Sizes, ids: jax.Array, prompts: jax.Array
+    step: Step, shape: Sizes, ids: jax.Array, prompts: jax.Array, live: jax.Array
 ) -> tuple[piece.Rows, ragged.Stream, Places]:
     """A shard's rows of a piece, their inputs end to end, and where the predicted tokens are: first ones in front."""
     rows: piece.Rows = {name: jnp.asarray(value)[ids] for name, value in step.rows.items()}
@@ -196,15 +198,20 @@ def _head(step: Step, model: qwen3.Qwen3, hidden: jax.Array, rows: piece.Rows, p
 def _has_gradient(step: Step, cut: Packed, number: jax.Array) -> jax.Array:
     """Whether any advantage of the piece is not 0, without a KL term what a gradient comes from."""
     place = jnp.arange(cut.rows.shape[1])
-    inside = (place >= cut.piece_rows[number]) & (place < cut.piece_rows[number + 1])
+    inside = (place >= cut.piece_rows[:, number, None]) & (place < cut.piece_rows[:, number + 1, None])
     moving = (step.rows["advantages"] != 0) & (step.rows["row_weights"] != 0)
     return (jnp.asarray(moving)[cut.rows] & inside).any()
 
 
 def _added(cut: Packed, carry: Sums, out: Sums, number: jax.Array) -> Sums:
     """Rows past a piece's last are written over by the piece after it."""
-    plain = jax.lax.dynamic_update_slice_in_dim(carry[1], out[1], cut.piece_rows[number], axis=1)
+    plain = _put(carry[1], out[1], cut.piece_rows[:, number])
     return jax.tree.map(jnp.add, carry[0], out[0]), plain, jnp.maximum(carry[2], out[2])
+
+
+def _put(found: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """`found` with `new` in place of as many of a shard's rows, from `first` int32[S] on."""
+    return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(found, new, first)
 
 
 def _zeros(cut: Packed, rows: int, out: Any, grads: Any) -> tuple[Sums, Any]:

@@ -5,9 +5,10 @@ Attention takes the stream's rows in groups, each padded to one of a few lengths
 they hold and how their rows are grouped are numbers that the compiled step reads: no lengths compile anything.
 
 All this is within minibatches, which are those of `batching.cut`, and row weights are fixed before: the cut changes no
-gradient beyond rounding. On a mesh the shards' longest rows lie side by side, and so on, as one column of rows; a
-column counts as long as its longest row, so that all shards work on the same shapes at the same time.
-Letters: M minibatches, S shards, n rows of a minibatch on a shard, Q prompts of those, T response tokens.
+gradient beyond rounding. On a mesh prompts are dealt to shards by their rows' tokens (`dealing`). Each shard has
+streams of its own; all run equally many pieces, and groups of the same shapes, at the same time: the i-th row of a
+piece counts as long there as the longest i-th row of the shards.
+Letters: M minibatches, S shards, n rows of a minibatch on a shard, Q prompts of those, T response tokens, G groups.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gdro_jax.models.recompute import pairs
-from gdro_jax.training import batching
+from gdro_jax.training import batching, dealing
 from gdro_jax.training.config import TrainConfig
 
 Array = Any  # of numpy on the host, of JAX inside the step
@@ -45,9 +46,10 @@ class Packed(NamedTuple):
       rows: int32[M, S, n], flat rows; local_index int32[M, S, n], the prompt of each as a position in `prompts`.
       prompts: int32[M, S, Q], filled up with prompt 0.
       number: int32[M], pieces.
-      piece_rows: int32[M, n + 1]; piece k holds the columns from piece_rows[k] to piece_rows[k + 1].
-      piece_groups: int32[M, n + 1], the same of its groups.
-      group_first, group_last, group_size: int32[M, n], columns of a group, and which of `Sizes.groups` it is.
+      piece_rows: int32[M, S, 2 n + 1]; piece k holds a shard's rows from piece_rows[k] to piece_rows[k + 1].
+      piece_groups: int32[M, 2 n + 1], the same of its groups.
+      group_first, group_last, group_size: int32[M, G], a group's rows, counted from the piece's first on each shard,
+        and which of `Sizes.groups` it is.
     """
 
     rows: Array
@@ -82,32 +84,35 @@ def pack(pieces: batching.Pieces, lengths: np.ndarray, idle: np.ndarray, shape: 
       shape: of `sizes`.
       minibatches: M.
     """
+    inputs, idle = np.maximum(np.asarray(lengths), 1) - 1, np.asarray(idle)
+    squares = inputs * inputs // (2 * shape.groups[-1][1])  # of attention, of the size of a long row's tokens
+    pieces = dealing.deal(pieces, np.stack([2 * inputs, inputs * ~idle, squares], axis=1), minibatches)
     count, each = pieces.rows.shape
-    inputs = np.maximum(np.asarray(lengths), 1) - 1
-    work = np.where(np.asarray(idle)[pieces.rows], -1, 1) * inputs[pieces.rows]
-    order = np.argsort(-work, axis=1, kind="stable")  # rows with a gradient, longest first; the idle, longest last
-    rows, local = (np.take_along_axis(x, order, 1).reshape(minibatches, -1, each) for x in pieces[::2])
-    shape_of = (minibatches, each)
+    rows, local, prompts = (x.reshape(minibatches, count // minibatches, -1) for x in (pieces[0], pieces[2], pieces[1]))
+    shards, most = rows.shape[1], 2 * each + 1  # a piece more or less for each row with a gradient and for each without
     out = Packed(
-        np.empty_like(rows), np.empty_like(local), pieces.prompts.reshape(minibatches, count // minibatches, -1),
-        np.zeros(minibatches, np.int32), *(np.full((minibatches, each + 1), each, np.int32) for _ in range(2)),
-        *(np.zeros(shape_of, np.int32) for _ in range(3)),
+        np.empty_like(rows), np.empty_like(local), prompts, np.zeros(minibatches, np.int32),
+        np.full((minibatches, shards, most), each, np.int32), np.zeros((minibatches, most), np.int32),
+        *(np.zeros((minibatches, shards * each), np.int32) for _ in range(3)),
     )  # fmt: skip
     for m in range(minibatches):
-        columns = inputs[rows[m]].max(axis=0)
-        waiting = np.asarray(idle)[rows[m]].all(axis=0)
-        bins = _bins(columns, ~waiting, shape) + _bins(columns, waiting, shape)
-        place = np.concatenate(bins)
-        out.rows[m], out.local_index[m] = rows[m][:, place], local[m][:, place]
-        out.number[m] = len(bins)
-        first = group = 0
-        for k, held in enumerate(bins):
-            out.piece_rows[m, k], out.piece_groups[m, k] = first, group
-            for start, stop, size in _groups(columns[held], shape):
-                out.group_first[m, group], out.group_last[m, group] = first + start, first + stop
-                out.group_size[m, group], group = size, group + 1
-            first += len(held)
-        out.piece_groups[m, len(bins) :] = group
+        length, waiting = inputs[rows[m]], idle[rows[m]]
+        pieces_of = _streams(length, waiting, shape)
+        number = out.number[m] = len(pieces_of[0])
+        longest = np.zeros((number, shape.rows), length.dtype)
+        for s, held in enumerate(pieces_of):
+            place = np.concatenate(held)
+            out.rows[m, s], out.local_index[m, s] = rows[m, s][place], local[m, s][place]
+            out.piece_rows[m, s, : number + 1] = np.cumsum([0, *map(len, held)])
+            for k, piece in enumerate(held):
+                longest[k, : len(piece)] = np.maximum(longest[k, : len(piece)], length[s][piece])
+        group = 0
+        for k in range(number):
+            out.piece_groups[m, k] = group
+            for found in _groups(longest[k], shape):
+                out.group_first[m, group], out.group_last[m, group], out.group_size[m, group] = found
+                group += 1
+        out.piece_groups[m, number:] = group
     return out
 
 
@@ -170,20 +175,38 @@ def padding(
     return Padding(int(cut.number.sum()) * shards * shape.tokens, real[0], shards * done, real[1])
 
 
-def _bins(columns: np.ndarray, chosen: np.ndarray, shape: Sizes) -> list[np.ndarray]:
-    """Chosen columns in pieces, each longest first: first fit decreasing."""
-    held: list[list[int]] = []
-    room: list[int] = []
-    for column in sorted(np.flatnonzero(chosen).tolist(), key=lambda i: -columns[i]):
-        length = int(columns[column])
+def _streams(lengths: np.ndarray, idle: np.ndarray, shape: Sizes) -> list[list[np.ndarray]]:
+    """The rows of each shard's pieces, equally many a shard, from int[S, n] and bool[S, n].
+
+    Idle rows come in pieces behind the others, or in what room those have left if that saves a piece.
+    """
+    rest = [np.zeros(0, int)] * lengths.shape[1]
+    first = [_bins(length, ~none, shape, []) for length, none in zip(lengths, idle, strict=True)]
+    before = max(map(len, first))
+    first = [held + rest[: before - len(held)] for held in first]
+    apart = [_bins(length, none, shape, []) for length, none in zip(lengths, idle, strict=True)]
+    together = [_bins(length, none, shape, held) for length, none, held in zip(lengths, idle, first, strict=True)]
+    found = [held + more for held, more in zip(first, apart, strict=True)]
+    if max(map(len, together)) < max(map(len, found)):
+        found = together
+    number = max(map(len, found))
+    return [held + rest[: number - len(held)] for held in found]
+
+
+def _bins(lengths: np.ndarray, chosen: np.ndarray, shape: Sizes, before: list[np.ndarray]) -> list[np.ndarray]:
+    """Pieces with the chosen rows besides what is in them before, each longest first: first fit decreasing."""
+    held = [piece.tolist() for piece in before]
+    room = [shape.tokens - int(lengths[piece].sum()) for piece in before]
+    for row in sorted(np.flatnonzero(chosen).tolist(), key=lambda i: -lengths[i]):
+        length = int(lengths[row])
         found = (k for k, left in enumerate(room) if left >= length and len(held[k]) < shape.rows)
         k = next(found, len(held))
         if k == len(held):
             held.append([])
             room.append(shape.tokens)
-        held[k].append(column)
+        held[k].append(row)
         room[k] -= length
-    return [np.array(piece) for piece in held]
+    return [np.array(sorted(piece, key=lambda i: -lengths[i]), int) for piece in held]
 
 
 def _groups(lengths: np.ndarray, shape: Sizes) -> list[tuple[int, int, int]]:

@@ -108,9 +108,9 @@ def flops(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> flo
     """Of one step's update: two a multiplication, all tokens real, three products for the head's loss and gradients."""
     per_token, per_pair = work(architecture)
     length = shape.response_tokens
-    prompt, response = shape.piece_prompts * shape.prompt_tokens, shape.rows // shape.pieces * length
+    prompt, response = shape.piece_prompts * shape.prompt_tokens, shape.rows / shape.pieces * length
 
-    def blocks(tokens: int, keys: int) -> float:
+    def blocks(tokens: float, keys: int) -> float:
         return tokens * (per_token + per_pair * keys)
 
     head = 2.0 * response * architecture.hidden_size * architecture.vocab_size

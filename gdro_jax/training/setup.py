@@ -118,6 +118,12 @@ def layout(config: Config, devices: Sequence[jax.Device] | None = None) -> mesh.
             f"{config.train.minibatches} x {each} microbatches x {found.shards} of mesh.data x mesh.fsdp; mesh.data=1 "
             "takes one device"
         )
+    microbatches, rows = config.train.microbatches, config.rows_per_step // pieces
+    if config.train.length_buckets is not None and rows < microbatches:
+        raise InputError(
+            f"train.microbatches={microbatches}: must be at most {rows}, the rows of a minibatch that each of the "
+            f"mesh's {found.shards} shards gets, with train.length_buckets"
+        )
     return found
 
 

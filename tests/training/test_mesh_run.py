@@ -117,6 +117,10 @@ def test_a_checkpoint_goes_on_on_another_mesh(configure, launch, options):
             ("mesh.data=null",),
             r"^mesh: the step's 12 rows must divide into 8 equal pieces, .* 8 of mesh.data x mesh.fs",
         ),
+        (
+            (*MESH, "train.microbatches=4", "train.length_buckets=2"),
+            r"^train.microbatches=4: must be at most 3, .* of the mesh's 4 shards gets, with train.length_buckets$",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_one_line_before_anything_is_read(configure, fields, says, monkeypatch):
