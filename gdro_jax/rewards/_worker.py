@@ -2,7 +2,8 @@
 
 Reads one JSON request a line from standard input, ``{"id", "gold", "given"}``, and answers each with one line on the
 original standard output, ``{"id", "verdict"}``, where the verdict is true, false, or a string that says why the row is
-unscorable. It has no deadline of its own: the parent kills it. Its memory and its processor time are limited.
+unscorable. Where ``given`` is null the question is whether the gold answer can be used. It has no deadline of its own:
+the parent kills it. Its memory and its processor time are limited.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -20,6 +22,10 @@ from typing import Any
 RECURSION_LIMIT = 3000
 LARGEST_FILE = 1 << 20  # bytes that a worker may write to any one file
 MOST_SAID = 200  # characters of an error's text that are passed on
+
+_WORD = re.compile(r"[^\W\d_]{2,}|\\(?:text|textbf|mathrm|mbox)\{[^{}]*[^\W\d_][^{}]*\}")
+_PROSE = re.compile(r"(?=.*[A-Za-z]{2} +(?!or |and )[A-Za-z]{2})[\w ,.;:?!'-]*")
+_WITHIN = re.compile(r"(.+) within ([0-9.e+-]+)")
 
 
 def main() -> None:
@@ -93,16 +99,46 @@ class _Grader:
         parser.latex2sympy = self._noting(parser.latex2sympy)
         grader.sympy_expr_eq = self._noting(grader.sympy_expr_eq)
         self._gold = lru_cache(maxsize=4096)(self._parse)
+        self._fault = lru_cache(maxsize=4096)(self._fault_of)
 
-    def verdict(self, gold: str, given: str) -> bool | str:
+    def verdict(self, gold: str, given: str | None) -> bool | str:
         self._gave_up = ""
-        wanted = self._gold(gold)
-        if not wanted:
-            return self._gave_up or "the gold answer does not parse"
+        fault = self._fault(gold)
+        if fault:
+            return fault
+        if given is None:
+            return True
+        near = _WITHIN.fullmatch(gold)
         found = self._parse(given)
-        if self._equal(wanted, found, timeout_seconds=None):
+        if self._near(near, found) if near else self._equal(self._gold(gold), found, timeout_seconds=None):
             return True
         return self._gave_up or False
+
+    def _fault_of(self, gold: str) -> str:
+        """Why a gold answer cannot be used, empty where it can: text that is no mathematics equals itself too."""
+        near = _WITHIN.fullmatch(gold)
+        text = near[1] if near else gold
+        meant = [it for it in self._gold(text) if not isinstance(it, str)]
+        if near:
+            return "" if self._near(near, meant) else self._gave_up or "the gold answer is not a number"
+        if not meant:
+            return "" if _WORD.fullmatch(text) else self._gave_up or "the gold answer does not parse"
+        if str(meant[0]) in ("zoo", "nan"):
+            return "the gold answer has no value"
+        if _PROSE.fullmatch(text) and _number(meant) is None:
+            return "the gold answer is prose; words that are an answer stand in \\text{}"
+        if self._equal(meant, meant, timeout_seconds=None):
+            return ""
+        return self._gave_up or "the gold answer does not equal itself"
+
+    def _near(self, wanted: "re.Match[str]", found: list[object]) -> bool:
+        """Whether a number is as near to the gold one as that allows."""
+        try:
+            allowed = float(wanted[2])
+        except ValueError:
+            return False
+        number, given = _number(self._gold(wanted[1])), _number(found)
+        return number is not None and given is not None and abs(number - given) <= allowed + 1e-9 * abs(number)
 
     def _parse(self, text: str) -> list[object]:
         return list(self._parse_text(f"\\boxed{{{text}}}", parsing_timeout=None))
@@ -116,6 +152,18 @@ class _Grader:
                 raise
 
         return noting
+
+
+def _number(parsed: list[object]) -> float | None:
+    """The real number that an answer is, of an equation its right side; None for anything else."""
+    for it in parsed:
+        value: Any = getattr(it, "rhs", it)
+        if getattr(value, "is_number", False):
+            try:
+                return float(value)
+            except (TypeError, ValueError, OverflowError):  # not real
+                return None
+    return None
 
 
 if __name__ == "__main__":

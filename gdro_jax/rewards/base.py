@@ -52,10 +52,10 @@ class BaseVerifier(ABC):
 
 
 class Pair(NamedTuple):
-    """A gold answer and the answer that a response gave: what a worker is asked about."""
+    """A gold answer and the answer that a response gave, None where the gold answer itself is asked about."""
 
     gold: str
-    given: str
+    given: str | None
 
 
 Plan = Pair | bool | str

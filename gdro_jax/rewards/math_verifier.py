@@ -7,7 +7,7 @@ so it works off the main thread; a hang, a crash or a memory bomb costs its own 
 import re
 from collections.abc import Iterable
 
-from gdro_jax.rewards import plain_numbers
+from gdro_jax.rewards import plain_numbers, spelling
 from gdro_jax.rewards.base import Pair, Plan, PooledVerifier
 from gdro_jax.rewards.boxed import MAX_ANSWER_CHARS, AnswerTooLong, last_boxed, nesting_depth
 from gdro_jax.rewards.worker_pool import WorkerPool
@@ -16,6 +16,7 @@ MAX_DEPTH = 32
 """Deepest nesting of brackets that is handed to the parser."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,15}")
+_ABOUT = re.compile(r"(?:[A-Za-z](?:_\{?\w{1,8}\}?)?\s*)?(?:=|\\approx|\\sim|~)\s*")
 _CALL = re.compile(r"\(\s*\)")  # of a program, not of mathematics; math-verify reads the numbers around it
 
 
@@ -40,7 +41,7 @@ class MathVerifier(PooledVerifier):
         super().__init__(WorkerPool(workers=workers, timeout=float(timeout), memory_mb=memory_mb))
 
     def check(self, answers: Iterable[str]) -> dict[int, str]:
-        """Rows of gold answers that do not parse or do not equal themselves, and why; plain integers always do."""
+        """Rows of gold answers that do not parse or do not equal themselves, and why; plain numbers always do."""
         verdicts = enumerate(self._settled([_checked(answer) for answer in answers]))
         return {row: str(verdict or "does not equal itself") for row, verdict in verdicts if verdict is not True}
 
@@ -49,27 +50,34 @@ class MathVerifier(PooledVerifier):
 
 
 def _plan(response: object, answer: object) -> Plan:
-    """The pair to hand to a worker, or the verdict where none is needed."""
+    """The pair to hand to a worker, or the verdict where none is needed; the gold answer is looked at first."""
+    gold = _gold(answer)
+    if not isinstance(gold, Pair):
+        return gold
     if not isinstance(response, str):
         return "the response is not a string"
     try:
-        gold = _gold(answer)
-        given = last_boxed(response)
+        boxed = last_boxed(response)
     except AnswerTooLong as error:
         return str(error)
-    if gold is None:
-        return "the gold answer is not a non-empty string"
-    given = "" if given is None else given.strip()
+    given = spelling.plain("" if boxed is None else boxed.strip())
+    return _compared(gold.gold, given) if given else False
+
+
+def _compared(gold: str, given: str) -> Plan:
     wanted = plain_numbers.target(gold) if " within " in gold else None
     if wanted is not None:
-        number = plain_numbers.read(given)
-        return number is not None and plain_numbers.meets(wanted, number)
-    if not given or given == gold:
-        return given == gold
-    if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold):
+        number = plain_numbers.read(_ABOUT.sub("", given, count=1) if _ABOUT.match(given) else given)
+        if number is not None:
+            return plain_numbers.meets(wanted, number)
+    elif _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold):
         return int(given) == int(gold)
-    if _same_number(gold, given):
+    elif _same_number(gold, given):
         return True
+    elif given == gold:
+        return Pair(gold, None)
+    elif spelling.differ(gold, given):
+        return False
     if nesting_depth(given) > MAX_DEPTH:
         return f"the answer is nested deeper than {MAX_DEPTH}"
     if _CALL.search(given) and not _CALL.search(gold):
@@ -84,24 +92,26 @@ def _same_number(gold: str, given: str) -> bool:
 
 
 def _checked(answer: object) -> Plan:
-    """The pair of a gold answer with itself, or the verdict where no worker is needed."""
-    try:
-        gold = _gold(answer)
-    except AnswerTooLong as error:
-        return str(error)
-    if gold is None:
-        return "the gold answer is not a non-empty string"
-    if nesting_depth(gold) > MAX_DEPTH:
-        return f"the answer is nested deeper than {MAX_DEPTH}"
-    plain = _INTEGER.fullmatch(gold) or (" within " in gold and plain_numbers.target(gold))
-    return True if plain else Pair(gold, gold)
+    """What a worker is to be asked about a gold answer, or the verdict where no worker is needed."""
+    gold = _gold(answer)
+    return True if isinstance(gold, Pair) and plain_numbers.target(gold.gold) is not None else gold
 
 
-def _gold(answer: object) -> str | None:
-    r"""The gold answer, out of its ``\boxed{}`` if it is in one."""
+def _gold(answer: object) -> Pair | str:
+    r"""The gold answer as it is asked about, out of its ``\boxed{}`` if it is in one, or why it cannot be used."""
     if not isinstance(answer, str):
-        return None
+        return "the gold answer is not a non-empty string"
     if len(answer) > MAX_ANSWER_CHARS and "\\boxed" not in answer:
-        raise AnswerTooLong(f"the gold answer is longer than {MAX_ANSWER_CHARS} characters")
-    boxed = last_boxed(answer)
-    return (answer if boxed is None else boxed).strip() or None
+        return f"the gold answer is longer than {MAX_ANSWER_CHARS} characters"
+    try:
+        boxed = last_boxed(answer)
+    except AnswerTooLong as error:
+        return f"the gold answer: {error}"
+    gold = spelling.plain((answer if boxed is None else boxed).strip())
+    if not gold:
+        return "the gold answer is not a non-empty string"
+    if spelling.is_no_answer(gold):
+        return f"the gold answer is {gold!r}, which says that there is none"
+    if nesting_depth(gold) > MAX_DEPTH:
+        return f"the gold answer is nested deeper than {MAX_DEPTH}"
+    return Pair(gold, None)

@@ -11,14 +11,17 @@ RELATIVE = Fraction(1, 1_000_000)
 """Relative difference at which two numbers still are the same, where the gold answer names none of its own."""
 
 _WITHIN = re.compile(r"(?P<number>.+) within (?P<error>[0-9.e+-]+)")
-_GROUPED = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\,|\\!|\s)(?=[0-9]{3}(?![0-9]))")
+_SEPARATOR = r"(?:,\\!\s?|,|\{,\}|\\,|\\!|\s|~)"
+_GROUPED = re.compile(rf"(?<![0-9.,])[1-9][0-9]{{0,2}}(?:{_SEPARATOR}[0-9]{{3}})+(?!{_SEPARATOR}?[0-9])")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]{1,64})\}\{([^{}]{1,64})\}|([^/]{1,64})/([^/]{1,64})")
 _POWER = re.compile(r"(?:\\times|\\cdot|[*x\u00d7])10\^(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]{1,3}))")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 _UNIT = re.compile(
     r"(?:\\(?:text|mathrm|mbox|textbf)\{[^{}]*\}(?:\^\{?-?[0-9]\}?)?|[A-Za-z\u00b0/](?:\^\{?-?[0-9]\}?)?)+$"
 )
-_NOISE = re.compile(r"\\[,;:!]|\\(?:left|right|quad)|\\?\$|\\?%|\^\{?\\circ\}?|\u00b0|(?<![0-9])\s+|\s+(?![0-9])|~")
+_NOISE = re.compile(
+    r"\\(?:left|right|quad)|\\?\$|\\?%|\^\{?\\circ\}?|\u00b0|(?<![0-9])(?:\s|~|\\[,;:!])+|(?:\s|~|\\[,;:!])+(?![0-9])"
+)
 
 
 class Target(NamedTuple):
@@ -52,9 +55,13 @@ def read(text: str, *, units: bool = True) -> Fraction | None:
     """
     if len(text) > MAX_NUMBER_CHARS:
         return None
-    plain = _NOISE.sub("", _GROUPED.sub("", text.strip()).replace("\u2212", "-"))
+    plain = _NOISE.sub("", _GROUPED.sub(_joined, text.strip()).replace("\u2212", "-"))
     value = _value(plain)
     return _value(_UNIT.sub("", plain)) if value is None and units else value
+
+
+def _joined(grouped: re.Match[str]) -> str:
+    return "".join(filter(str.isdigit, grouped[0]))
 
 
 def _value(text: str) -> Fraction | None:

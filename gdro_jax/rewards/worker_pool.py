@@ -79,7 +79,7 @@ class WorkerPool:
         for _ in range(workers):
             self._workers.append(self._start())
 
-    def run(self, jobs: Sequence[Mapping[str, str]]) -> list[bool | str]:
+    def run(self, jobs: Sequence[Mapping[str, str | None]]) -> list[bool | str]:
         """One verdict a job: True, False, or the reason why there is none.
 
         Raises:
@@ -109,7 +109,7 @@ class WorkerPool:
         self._errors.close()
 
     # One turn of the loop -------------------------------------------------------------------------------------------
-    def _send(self, worker: _Worker, pending: deque[int], jobs: Sequence[Mapping[str, str]]) -> None:
+    def _send(self, worker: _Worker, pending: deque[int], jobs: Sequence[Mapping[str, str | None]]) -> None:
         assert worker.process.stdin is not None
         job = pending[0]
         try:

@@ -71,6 +71,30 @@ def test_gold_answers_may_be_boxed_and_must_be_there(verifier: MathVerifier) -> 
     assert set(grades.reasons) == {1, 2, 3, 4, 5}
 
 
+UNUSABLE = [
+    *("TODO", "???", "N/A", "\\text{N/A}", "None", "nan", "tbd", "!", "x = ", "see figure 3", "no value here"),
+    *("\\frac{1}{", "\\sqrt{", "(5", "5)", "2/0", "(" * 40 + "5" + ")" * 40),
+    *("x within 0.1", "1e5 within .", "", None),
+]
+USABLE = [
+    *("5", "x=5", "x>2", "(1,2)", "A, B", "x or y", "5 or 6", "\\infty", "\\emptyset", "5 apples", "10 square meters"),
+    *("Evelyn", "\\text{Evelyn}", "\\text{no solution}", "\\text{Monday and Tuesday}", "none", "\\text{(C)}"),
+    *("E_{1},E_{2}", "np.arcsin(10/13)", "-1./3", "m_{\\max }=n^{2}-n-1", "\\frac{12}{5,\\!525}", "1\\frac12"),
+    *("4.2 within 0.1", "\\sqrt{2} within 0.01", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "4 5"),
+]
+
+
+def test_gold_answers_that_no_response_could_match_are_found(verifier: MathVerifier) -> None:
+    assert [gold for row, gold in enumerate(UNUSABLE) if row not in verifier.check(UNUSABLE)] == []  # type: ignore[arg-type]
+    assert {USABLE[row]: why for row, why in verifier.check(USABLE).items()} == {}
+
+
+def test_the_gold_answer_is_looked_at_before_the_response(verifier: MathVerifier) -> None:
+    golds = ["???", "TODO", "(" * 40 + "5" + ")" * 40, "\\frac{1}{"]
+    grades = verifier.grade([box(gold) for gold in golds[:3]] + [box("7+x")], golds)
+    assert not grades.scorable.any() and all("the gold answer" in why for why in grades.reasons.values())
+
+
 HARMLESS = [
     "",
     "\x00",
@@ -268,5 +292,6 @@ def test_agreement_with_graded_responses_of_a_language_model() -> None:
     labels = np.array([label for row in rows for label in row["score"]], dtype=np.float32)
     with MathVerifier(workers=2, timeout=20.0) as verifier:
         grades = verifier.grade(responses, answers)
-    assert grades.scorable.all() and labels.size == 800
+        assert set(verifier.check(answers)) == set(grades.reasons)  # one problem's gold answer is a mangled time of day
+    assert len(grades.reasons) == 8 and labels.size == 800
     assert np.mean(grades.scores == labels) >= 0.998
