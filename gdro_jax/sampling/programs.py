@@ -64,6 +64,11 @@ def stages(config: SamplingConfig, slots: int) -> tuple[list[Stage], list[Stage]
     return [Stage(slots, window) for window in windows], [Stage(n, longest) for n in rungs[1:]]
 
 
+def tile(prompts: int, rows: int) -> int:
+    """Slots that read a prompt together."""
+    return min(_LARGEST_TILE, 1 << max(0, (rows // prompts).bit_length() - 1))
+
+
 class Programs:
     """The programs of a configuration, compiled once per shape.
 
@@ -91,14 +96,14 @@ class Programs:
 
     def start(self, model: qwen3.Qwen3, asked: Asked, key: jax.Array, slots: int) -> tuple["Decoding", segment.Context]:
         """Prompts run and first rows seated; at a new shape every program is compiled before that."""
-        tile = min(_LARGEST_TILE, 1 << max(0, (len(asked.prompt) // len(asked.tokens)).bit_length() - 1))
         growing, shrinking = stages(self._config, slots)
         on_devices = jax.tree.map(lambda x: self._put(x, self._split), asked)
         seed, impl = self._put(np.asarray(jax.random.key_data(key)), PartitionSpec()), str(jax.random.key_impl(key))
         begin = functools.partial(
             self.starting, model, on_devices, seed, slots=slots, window=growing[0].window, impl=impl
         )
-        decoding = Decoding(growing, shrinking, functools.partial(self.decoding, model, tile=tile), self._move)
+        decode = functools.partial(self.decoding, model, tile=tile(len(asked.tokens), len(asked.prompt)))
+        decoding = Decoding(growing, shrinking, decode, self._move)
         shape = (*asked.tokens.shape, len(asked.prompt), slots)
         if shape not in self._warm:
             decoding.warm_up(*begin())

@@ -25,12 +25,15 @@ class Sampler(Engine):
       model: the policy; `update` replaces it without compiling anew.
       config: what is drawn and when a row stops.
       mesh: rows lie along all its axes but `tensor`, heads along that one; None for one device.
+      even: every prompt gets as many rows as every other: less room for prompts on a mesh.
 
     Raises:
       ValueError: a stop token outside the vocabulary, or nothing but stop tokens where a response has a least length.
     """
 
-    def __init__(self, model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None = None):
+    def __init__(
+        self, model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None = None, even: bool = False
+    ):
         vocab = model.config.vocab_size
         outside = [t for t in config.stop_tokens if t >= vocab]
         if outside:
@@ -38,7 +41,7 @@ class Sampler(Engine):
         if config.min_new_tokens > 1 and len(set(config.stop_tokens)) == vocab:
             raise ValueError(f"min_new_tokens={config.min_new_tokens}: must be 1 where every token is a stop token")
         self.config = config
-        self._model = model
+        self._model, self._even = model, even
         self._programs = Programs(config, mesh)
         self.slot_steps = 0
 
@@ -98,7 +101,7 @@ class Sampler(Engine):
         if limits is None:
             limits = np.full(len(index), self.config.max_new_tokens, np.int32)
         asked, row_of = placement.place(
-            prompts, prompt_mask, index, identity, ranks(identity), limits, self._programs.shards
+            prompts, prompt_mask, index, identity, ranks(identity), limits, self._programs.shards, self._even
         )
         slots = -(-min(self.config.slots or len(index), len(index)) // self._programs.shards)
         decoding, context = self._programs.start(model, asked, key, slots)

@@ -16,7 +16,7 @@ def make(config: Config, policy: setup.Policy, mesh: jax.sharding.Mesh | None = 
     if url is not None and processes.count() > 1:
         raise setup.InputError(f"sampling.server={url!r}: must be null in a job of {processes.count()} processes")
     if url is None or folder is None:
-        return Sampler(policy.model, built, mesh)
+        return Sampler(policy.model, built, mesh, even=setup.most_rollouts(config.controller) is not None)
 
     def push(model: qwen3.Qwen3) -> None:
         save_policy(model, folder, setup.tokenizer_folder(config.model), policy.stop_tokens)
