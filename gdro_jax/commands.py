@@ -175,8 +175,10 @@ def plan(config: Config, topology: str | None) -> bool:
     architecture = setup.architecture(config.model)
     shape = planning.shapes(config, setup.longest_prompt(config), layout)
     compiled, chip = planning.compile_step(config, architecture, shape, devices[0], layout), chips.chip(devices[0])
-    print(planning.text(config, architecture, shape, compiled, chip, layout))
-    return planning.fits(compiled, chip)
+    sampler = planning.compile_sampler(config, architecture, shape, devices[0], layout)
+    print(planning.text(config, architecture, shape, compiled, chip, layout, sampler))
+    programs = [compiled, *(sampler.programs.values() if sampler is not None else ())]
+    return all(planning.fits(program, chip) for program in programs)
 
 
 def export(source: str, out: str, dtype: str | None, max_file_bytes: int) -> int:

@@ -13,6 +13,7 @@ def place(
     ranks: np.ndarray,
     limits: np.ndarray,
     shards: int,
+    even: bool = False,
 ) -> tuple[Asked, np.ndarray]:
     """A call cut into shards of equal shapes; a prompt whose rows two shards share is run by both.
 
@@ -23,6 +24,7 @@ def place(
       prompts: int32[P, L] with mask bool[P, L].
       index, identity, ranks, limits: int32[R] each.
       shards: D.
+      even: every prompt has as many rows as every other, in every call; a shard then has room for its share alone.
 
     Returns:
       The call, and int[D, R'] which row each of a shard's rows is.
@@ -32,7 +34,9 @@ def place(
     parts = [order[start : start + rows] for start in range(0, rows * shards, rows)]
     needed = [np.unique(index[part]) for part in parts]
     widest, most = max(map(len, needed)), min(len(prompts), rows)
-    room = len(prompts) if shards == 1 else min(most, 2 * -(-len(prompts) // shards))
+    share = -(-len(prompts) // shards)
+    spare = int(rows % (len(index) // len(prompts)) > 0) if even else share
+    room = len(prompts) if shards == 1 else min(most, share + spare)
     room = room if room >= widest else most
     local = [np.searchsorted(ids, index[part]) for ids, part in zip(needed, parts, strict=True)]
     used = np.stack([_filled(ids, room) for ids in needed]).reshape(-1)

@@ -76,6 +76,11 @@ def stages_in_pages(config: SamplingConfig, slots: int) -> list[Stage]:
     return [Stage(slots, window) for window in sorted({min(first, longest), min(2 * first, longest), longest})]
 
 
+def tile(prompts: int, rows: int) -> int:
+    """Slots that read a prompt together."""
+    return min(_LARGEST_TILE, 1 << max(0, (rows // prompts).bit_length() - 1))
+
+
 class Programs:
     """The programs of a configuration, compiled once per shape.
 
@@ -102,18 +107,20 @@ class Programs:
         self._move = self._compiled(segment.resize, (split,), split, static=("slots", "window"))
         self._warm: set[tuple[int, ...]] = set()
 
+    def stages(self, slots: int) -> tuple[list[Stage], list[Stage]]:
+        """Stages with all slots, and those that follow them with fewer."""
+        return (stages_in_pages(self._config, slots), []) if self._in_pages else stages(self._config, slots)
+
     def start(self, model: qwen3.Qwen3, asked: Asked, key: jax.Array, slots: int) -> tuple["Decoding", segment.Context]:
         """Prompts run and first rows seated; at a new shape every program is compiled before that."""
-        tile = min(_LARGEST_TILE, 1 << max(0, (len(asked.prompt) // len(asked.tokens)).bit_length() - 1))
-        growing, shrinking = stages(self._config, slots)
-        if self._in_pages:
-            growing, shrinking = stages_in_pages(self._config, slots), []
+        growing, shrinking = self.stages(slots)
         on_devices = jax.tree.map(lambda x: self._put(x, self._split), asked)
         seed, impl = self._put(np.asarray(jax.random.key_data(key)), PartitionSpec()), str(jax.random.key_impl(key))
         begin = functools.partial(
             self.starting, model, on_devices, seed, slots=slots, window=growing[0].window, impl=impl
         )
-        decoding = Decoding(growing, shrinking, functools.partial(self.decoding, model, tile=tile), self._move)
+        decode = functools.partial(self.decoding, model, tile=tile(len(asked.tokens), len(asked.prompt)))
+        decoding = Decoding(growing, shrinking, decode, self._move)
         shape = (*asked.tokens.shape, len(asked.prompt), slots)
         if shape not in self._warm:
             decoding.warm_up(*begin())

@@ -27,6 +27,7 @@ class Sampler(Engine):
       model: the policy; `update` replaces it without compiling anew.
       config: what is drawn and when a row stops.
       mesh: rows lie along all its axes but `tensor`, heads along that one; None for one device.
+      even: every prompt gets as many rows as every other: less room for prompts on a mesh.
 
     Raises:
       ValueError: a stop token outside the vocabulary, nothing but stop tokens where a response has a least length, or
@@ -36,7 +37,9 @@ class Sampler(Engine):
       reader: what reads the pages of the cache (`paged.choose`), None where it is contiguous.
     """
 
-    def __init__(self, model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None = None):
+    def __init__(
+        self, model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None = None, even: bool = False
+    ):
         vocab = model.config.vocab_size
         outside = [t for t in config.stop_tokens if t >= vocab]
         if outside:
@@ -44,7 +47,7 @@ class Sampler(Engine):
         if config.min_new_tokens > 1 and len(set(config.stop_tokens)) == vocab:
             raise ValueError(f"min_new_tokens={config.min_new_tokens}: must be 1 where every token is a stop token")
         self.config = config
-        self._model = model
+        self._model, self._even = model, even
         self.reader = reader(model, config, mesh)
         self._programs = Programs(config, mesh, self.reader)
         self.slot_steps = 0
@@ -105,7 +108,7 @@ class Sampler(Engine):
         if limits is None:
             limits = np.full(len(index), self.config.max_new_tokens, np.int32)
         asked, row_of = placement.place(
-            prompts, prompt_mask, index, identity, ranks(identity), limits, self._programs.shards
+            prompts, prompt_mask, index, identity, ranks(identity), limits, self._programs.shards, self._even
         )
         slots = -(-min(self.config.slots or len(index), len(index)) // self._programs.shards)
         decoding, context = self._programs.start(model, asked, key, slots)
@@ -139,9 +142,11 @@ class Sampler(Engine):
         return tokens, np.arange(width) < np.asarray(sizes)[:, None]
 
 
-def reader(model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None) -> str | None:
-    """What `config.cache` comes to for a model where it lies: see `paged.choose`."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+def reader(
+    model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None, device: jax.Device | None = None
+) -> str | None:
+    """What `config.cache` comes to for a model on a mesh, or on a device, the default one: see `paged.choose`."""
+    platform = (mesh.devices.flat[0] if mesh is not None else device or jax.devices()[0]).platform
     heads, over = model.config.num_kv_heads, 1 if mesh is None else mesh.shape.get(TENSOR_AXIS, 1)
     dtype = config.cache_dtype or str(jnp.dtype(model.compute_dtype or model.embed.dtype))
     heads = heads // over if heads % over == 0 else heads

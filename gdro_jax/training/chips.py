@@ -24,7 +24,7 @@ class Chip(NamedTuple):
 GIB = 2**30
 CHIPS = {  # by `jax.Device.device_kind`
     "TPU v4": Chip("TPU v4", 32 * GIB, 275e12, 1228e9),
-    "TPU v5 lite": Chip("TPU v5e", 16 * GIB, 197e12, 819e9),
+    "TPU v5 lite": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9),  # of 16, what its compiler gives to programs
     "TPU v5": Chip("TPU v5p", 95 * GIB, 459e12, 2765e9),
     "TPU v6 lite": Chip("TPU v6e", 32 * GIB, 918e12, 1640e9),
     "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", 80 * GIB, 312e12, 2039e9),

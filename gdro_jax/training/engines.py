@@ -16,7 +16,7 @@ def make(config: Config, policy: setup.Policy, mesh: jax.sharding.Mesh | None = 
     if url is not None and processes.count() > 1:
         raise setup.InputError(f"sampling.server={url!r}: must be null in a job of {processes.count()} processes")
     if url is None or folder is None:
-        return sampler(policy.model, built, mesh)
+        return sampler(policy.model, built, mesh, even=setup.most_rollouts(config.controller) is not None)
 
     def push(model: qwen3.Qwen3) -> None:
         save_policy(model, folder, setup.tokenizer_folder(config.model), policy.stop_tokens)
@@ -26,13 +26,15 @@ def make(config: Config, policy: setup.Policy, mesh: jax.sharding.Mesh | None = 
     return ServedModel(url, name, built, timeout=settings.server_timeout, push=push)
 
 
-def sampler(model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None = None) -> Sampler:
-    """The package's own sampler.
+def sampler(
+    model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None = None, even: bool = False
+) -> Sampler:
+    """The package's own sampler, its errors as a run's.
 
     Raises:
       InputError: a setting that the model, or the devices it is on, cannot do.
     """
     try:
-        return Sampler(model, config, mesh)
+        return Sampler(model, config, mesh, even)
     except ValueError as error:
         raise setup.InputError(f"sampling.{error}") from None

@@ -1,12 +1,11 @@
-"""What a configuration's training step needs, before anything runs: shapes, compile time, memory, FLOPs, roofline.
+"""What a configuration's steps need, before anything runs: shapes, compile time, memory, FLOPs, roofline.
 
-The step is compiled as the trainer compiles it, for the configuration's mesh, from shapes alone: no weights are read,
+The update is compiled as the trainer compiles it, for the configuration's mesh, from shapes alone: no weights are read,
 and the devices may be a TPU slice that is not there (`chips.devices`). Memory is the compiler's own analysis, of one
 device. FLOPs are counted here, since the compiler counts the body of a loop over layers or microbatches once.
 """
 
 import math
-import time
 from typing import NamedTuple
 
 import jax
@@ -14,9 +13,10 @@ import numpy as np
 
 from gdro_jax.models import qwen3
 from gdro_jax.models.config import work
-from gdro_jax.training import batching, packing, setup, step
+from gdro_jax.training import batching, packing, plan_sampler, setup, step
 from gdro_jax.training.chips import GIB, Chip
 from gdro_jax.training.config import Config
+from gdro_jax.training.footprint import Compiled, held, measured
 from gdro_jax.training.mesh import ONE_DEVICE, Layout
 from gdro_jax.training.optimiser import make_optimiser
 
@@ -39,20 +39,6 @@ class Shapes(NamedTuple):
     piece_prompts: int
     packed: packing.Sizes | None = None
     shards: int = 1
-
-
-class Compiled(NamedTuple):
-    """Seconds of compilation and bytes on the device; `refused` is the compiler's reason where it did not fit."""
-
-    seconds: float
-    arguments: int = 0
-    results: int = 0
-    temporary: int = 0
-    refused: str | None = None
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.results + self.temporary
 
 
 def shapes(config: Config, prompt_tokens: int, layout: Layout = ONE_DEVICE) -> Shapes:
@@ -79,6 +65,34 @@ def compile_step(
     Raises:
       setup.InputError: `model.attention` cannot run there.
     """
+    learner, batch, reference, initial = _laid_out(config, architecture, shape, device, layout)
+    lowered = step.compiled_update().lower(
+        learner, reference, batch, config=config.train, temperature=config.sampling.temperature, layout=layout
+    )
+    return measured(lowered, held(initial))[0]
+
+
+def compile_sampler(
+    config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, device: jax.Device, layout: Layout = ONE_DEVICE
+) -> plan_sampler.Sampling | None:
+    """Compiles what samples for such; None where a server does.
+
+    Raises:
+      setup.InputError: `model.attention` cannot run there.
+    """
+    if config.sampling.server is not None:
+        return None
+    learner, _, reference, initial = _laid_out(config, architecture, shape, device, layout)
+    beside = held((learner, reference, initial))
+    if config.model.lora_rank is None and config.model.param_dtype == config.model.dtype:
+        beside -= held(learner.model)  # what is sampled from is the learner's own
+    return plan_sampler.compile_sampler(config, architecture, shape.prompt_tokens, device, layout, beside)
+
+
+def _laid_out(
+    config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, device: jax.Device, layout: Layout
+) -> tuple[step.Learner, step.Batch, qwen3.Qwen3 | None, qwen3.Qwen3 | None]:
+    """Shapes of learner, batch, reference, and of the initial policy where a run keeps it besides."""
     kernel = setup.attention_kernel(config.model, architecture, device)
     learner, batch, reference = jax.eval_shape(lambda: _arguments(config, architecture, shape, kernel))
     everywhere: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(device)
@@ -88,20 +102,10 @@ def compile_step(
     learner, batch, reference = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or everywhere), (learner, batch, reference)
     )
-    begun = time.perf_counter()
-    lowered = step.compiled_update().lower(
-        learner, reference, batch, config=config.train, temperature=config.sampling.temperature, layout=layout
+    shared = reference is not None and (
+        config.model.lora_rank is not None or config.model.param_dtype == config.model.dtype
     )
-    try:
-        memory = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Compiled(time.perf_counter() - begun, refused=str(error).strip().splitlines()[0])
-    seconds = time.perf_counter() - begun
-    assert memory is not None  # every backend that the trainer runs on analyses it
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(seconds, memory.argument_size_in_bytes, results, memory.temp_size_in_bytes)
+    return learner, batch, reference, None if shared else learner.model
 
 
 def flops(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> float:
@@ -159,8 +163,9 @@ def text(
     compiled: Compiled,
     chip: Chip,
     layout: Layout = ONE_DEVICE,
+    sampler: plan_sampler.Sampling | None = None,
 ) -> str:
-    """The plan for people."""
+    """The plan for people; `sampler` of `compile_sampler`."""
     sizes = {} if layout.mesh is None else dict(layout.mesh.shape)
     work = flops(config, architecture, shape) / math.prod(sizes.values())
     moved = traffic(config, architecture, shape, layout)
@@ -171,17 +176,13 @@ def text(
         f"step        {shape.prompts} prompts of {shape.prompt_tokens} tokens, {shape.rows} rows of "
         f"{shape.response_tokens} tokens",
         *_pieces(config, shape),
-        f"compile     {compiled.seconds:.1f} s, one program",
+        f"compile     {compiled.seconds:.1f} s, the update's one program",
     ]
     if sizes:
         named = " x ".join(f"{name} {size}" for name, size in sizes.items())
         lines.insert(1, f"mesh        {named}: {shape.shards} pieces at a time; what follows is a device's share")
     if compiled.refused is None:
-        lines.append(
-            f"memory      {compiled.total / GIB:.2f} GiB of {chip.memory / GIB:.1f}: arguments "
-            f"{compiled.arguments / GIB:.2f}, temporary {compiled.temporary / GIB:.2f}, results "
-            f"{compiled.results / GIB:.2f}"
-        )
+        lines.append(f"memory      {plan_sampler.memory(compiled, chip)}")
     arithmetic = work / chip.flops
     lines.append(f"work        {work:.3g} FLOP: {arithmetic:.3g} s at the peak rate")
     if chip.bandwidth:
@@ -189,12 +190,19 @@ def text(
         lines.append(
             f"traffic     {moved / GIB:.3g} GiB at the least: {moved / chip.bandwidth:.3g} s; {bound} bounds it"
         )
-    if fits(compiled, chip):
-        lines.append("fits        yes, the update; sampling needs the policy and its cache besides")
+    if sampler is not None:
+        lines += plan_sampler.lines(sampler, chip)
+    turn = knobs(config, shape) if not fits(compiled, chip) else []
+    asked = {"update": compiled} | ({} if sampler is None else sampler.programs)
+    large = [name for name, program in asked.items() if not fits(program, chip)]
+    if sampler is not None and large not in ([], ["update"]):
+        turn += plan_sampler.knobs(config, architecture, sampler)
+    if large:
+        reasons = [f" ({asked[name].refused})" for name in large if asked[name].refused is not None]
+        lines.append(f"fits        no: {', '.join(large)}{''.join(reasons)}; to make it smaller:")
+        lines += [f"            {knob}" for knob in dict.fromkeys(turn)]
     else:
-        reason = f": {compiled.refused}" if compiled.refused else ""
-        lines.append(f"fits        no{reason}; to make it smaller:")
-        lines += [f"            {knob}" for knob in knobs(config, shape)]
+        lines.append(f"fits        yes, {'update and sampler' if sampler is not None else 'the update'}")
     return "\n".join(lines)
 
 

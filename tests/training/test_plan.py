@@ -7,7 +7,8 @@ import pytest
 
 from gdro_jax.cli import main
 from gdro_jax.models import qwen3
-from gdro_jax.training import InputError, chips, config_io, plan
+from gdro_jax.sampling.programs import Stage
+from gdro_jax.training import InputError, chips, config_io, plan, plan_sampler, setup
 
 SMALL = ("train.prompts_per_step=4", "controller.mean_rollouts=2", "train.microbatches=2", "train.kl_coef=0",
          "sampling.max_new_tokens=3", "data.max_prompt_tokens=8", "mesh.data=1")  # fmt: skip
@@ -63,7 +64,7 @@ def test_what_does_not_fit_says_what_to_turn():
     said = plan.text(config, architecture, shape, large, chip)
     assert not plan.fits(large, chip) and "train.microbatches=4" in said and "train.kl_coef=0" in said
     refused = plan.Compiled(1.0, refused="RESOURCE_EXHAUSTED: 20G of 16G")
-    assert not plan.fits(refused, chip) and "no: RESOURCE_EXHAUSTED" in plan.text(
+    assert not plan.fits(refused, chip) and "no: update (RESOURCE_EXHAUSTED" in plan.text(
         config, architecture, shape, refused, chip
     )
     least = dataclasses.replace(config.train, kl_coef=0.0, optimiser="muon", microbatches=8)
@@ -71,12 +72,53 @@ def test_what_does_not_fit_says_what_to_turn():
     assert plan.knobs(rest, plan.shapes(rest, 8)) == ["model.dtype=bfloat16: half the activations"]
 
 
+def test_a_sampler_that_does_not_fit_says_what_to_turn():
+    config = configured("sampling.slots=4")
+    architecture = qwen3.Qwen3Config(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4
+    )
+    shape, chip, update = plan.shapes(config, 8), chips.CHIPS["TPU v5 lite"], plan.Compiled(1.0, 100)
+    stages = (Stage(4, 2), Stage(4, 3), Stage(2, 3))
+    sampler = plan_sampler.Sampling(stages, 4, 8, plan.Compiled(1.0, 100), plan.Compiled(1.0, 100, beside=2**34))
+    said = plan.text(config, architecture, shape, update, chip, sampler=sampler)
+    assert "a shard has 8 rows, room for 4 prompts, 4 slots of 2, 3 tokens, then 2 slots" in said
+    assert "fits        no: segment;" in said and "sampling.slots=2" in said and "train.microbatches" not in said
+    assert "16.00 GiB of 15.75" in said and "beside 16.00" in said
+    fine = sampler._replace(segment=plan.Compiled(1.0, 100))
+    assert "fits        yes, update and sampler" in plan.text(config, architecture, shape, update, chip, sampler=fine)
+
+
+@pytest.mark.skipif(jax.local_device_count() < 8, reason="needs 8 host devices")
+def test_the_sampler_on_a_mesh():
+    """Where all prompts get as many rollouts, a shard's room is its share; policy and learner lie in parts."""
+    mesh = ("mesh.data=null", "mesh.fsdp=4", "mesh.tensor=2", "train.prompts_per_step=8", "train.kl_coef=0.1")
+    config = configured(*mesh, "model.dtype=bfloat16", "train.microbatches=1")
+    architecture = qwen3.Qwen3Config(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4
+    )
+    layout = setup.layout(config)
+    found = plan.compile_sampler(config, architecture, plan.shapes(config, 8, layout), jax.devices()[0], layout)
+    assert (found.prompts, found.rows, found.stages, found.growing) == (2, 4, (Stage(4, 3),), None)
+    names = qwen3.init(architecture, jax.random.key(0)).arrays()
+    norms = sum(x.size for name, x in names.items() if "norm" in name)
+    split = sum(x.size for name, x in names.items() if "norm" not in name) // 8
+    assert (
+        split < found.start.beside // (3 * 4 + 2 + 4) < split + norms + 8
+    )  # three of float32, reference, initial policy
+    assert found.segment.refused is None and found.segment.total > found.segment.beside
+
+
 def test_the_command_compiles_the_step_for_this_device(tiny_folder, capsys):
     fields = [word for pair in (*SMALL, f"model.path={tiny_folder}") for word in [f"--{pair}"]]
     assert main(["plan", *fields]) == 0
     out = capsys.readouterr().out
     assert "4 prompts of 8 tokens, 8 rows of 3 tokens" in out and "4 rows, 2 prompts; 1 updates of 2 pieces" in out
-    assert jax.devices()[0].device_kind in out and "measured just now" in out and "fits        yes" in out
+    assert (
+        jax.devices()[0].device_kind in out
+        and "measured just now" in out
+        and "fits        yes, update and sampler" in out
+    )
+    assert "a shard has 8 rows, room for 4 prompts, 8 slots of 3 tokens" in out and "  segment   " in out
     memory = next(line for line in out.splitlines() if line.startswith("memory"))
     assert "GiB" in memory and "compile" in out
 
