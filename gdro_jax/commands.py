@@ -74,13 +74,13 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
 
 def _parts(config: Config, runs: dict[str, Config]) -> dict[str, setup.Setup]:
     """The parts of all runs, which share models and data; every input problem is found here."""
-    where = setup.layout(config)
-    policies = {model: setup.load_policy(model, where) for model in {run.model for run in runs.values()}}
-    data = inputs.load(config)
-    parts = {label: setup.assemble(run, policies[run.model], data) for label, run in runs.items()}
+    where, models = setup.layout(config), {run.model for run in runs.values()}
+    outlines, data = {model: setup.outline(model) for model in models}, inputs.load(config)
+    checked = {label: setup.check(run, outlines[run.model], data) for label, run in runs.items()}
     for run in runs.values():
         run_folder.check(run)
-    return parts
+    policies = {model: setup.load_policy(model, where, outlines[model]) for model in models}
+    return {label: setup.assemble(run, policies[run.model], checked[label]) for label, run in runs.items()}
 
 
 def _listed(config: Config, runs: dict[str, Config]) -> pathlib.Path:

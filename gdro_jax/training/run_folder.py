@@ -51,12 +51,14 @@ def _locked(config: Config) -> filelock.BaseFileLock:
     return lock
 
 
-def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str) -> None:
-    """`first_prompt.txt`: how many tokens and which, and below an empty line the text that they are."""
+def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str, dropped: int) -> None:
+    """`first_prompt.txt`: how many tokens and which, how many prompts were dropped, and the text of those tokens."""
     if not processes.is_first():
         return
     ids = " ".join(map(str, tokens))
-    (folder / "first_prompt.txt").write_text(f"{len(tokens)} tokens: {ids}\n\n{text}\n")
+    (folder / "first_prompt.txt").write_text(
+        f"{len(tokens)} tokens: {ids}\n{dropped} prompts dropped as too long\n\n{text}\n"
+    )
 
 
 MAY_DIFFER = (

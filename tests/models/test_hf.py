@@ -39,14 +39,14 @@ def assert_same(got: qwen3.Qwen3, want: qwen3.Qwen3) -> None:
 
 
 def refused(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The one-line refusal of a folder; fails if anything was put on a device before it."""
+    """The one-line refusal of a folder; fails if a parameter was read or placed before it."""
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("device memory was taken before the folder was checked")
 
     with monkeypatch.context() as patch:
-        for name in ("device_put", "make_array_from_single_device_arrays"):
-            patch.setattr(jax, name, forbidden)
+        for name in ("_load_param", "_place", "_read"):
+            patch.setattr(hf, name, forbidden)
         with pytest.raises(hf.CheckpointError) as error:
             hf.load(path)
     assert isinstance(error.value, ValueError)
