@@ -53,8 +53,8 @@ def train(config: Config, stop: Callable[[], bool]) -> bool:
     _agree(config)
     checked = processes.together(lambda: setup.check(config))
     processes.agree(processes.together(lambda: setup.facts(config, checked)))  # before any device works on it
-    policy = processes.together(lambda: setup.load_policy(config.model, checked.layout, checked.source))
-    done = _run(config, setup.with_policy(checked, policy), stop, config.controller.name)
+    policy = processes.together(lambda: setup.load_policy(config.model, checked.layout, checked.outline))
+    done = _run(config, setup.assemble(config, policy, checked), stop, config.controller.name)
     page = processes.on_first(lambda: reports.write(config.run.output)) if done else None
     if page is not None:
         print(page)
@@ -68,11 +68,11 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
     checked = processes.together(lambda: _checked(config, runs))  # mistakes come first
     first = next(iter(checked.values()))
     processes.agree(processes.together(lambda: setup.facts(config, first)))
-    policy = processes.together(lambda: setup.load_policy(config.model, first.layout, first.source))
+    policy = processes.together(lambda: setup.load_policy(config.model, first.layout, first.outline))
     folder = processes.on_first(lambda: _listed(config, runs))
     stop = processes.agreed(stop)
     for label, run in runs.items():
-        if stop() or not _run(run, setup.with_policy(checked[label], policy), stop, label):
+        if stop() or not _run(run, setup.assemble(run, policy, checked[label]), stop, label):
             return False
     for text in processes.on_first(lambda: _reported(folder)) or ():
         print(text)
@@ -88,8 +88,8 @@ def _reported(folder: pathlib.Path | None) -> tuple[str, str]:
 
 def _checked(config: Config, runs: dict[str, Config]) -> dict[str, setup.Checked]:
     """The parts of all runs, which share model and data; every input problem is found here."""
-    source, data = setup.read(config.model), inputs.load(config)
-    checked = {label: setup.check(run, source, data) for label, run in runs.items()}
+    seen, data = setup.outline(config.model), inputs.load(config)
+    checked = {label: setup.check(run, seen, data) for label, run in runs.items()}
     for run in runs.values():
         run_folder.check(run)
     return checked

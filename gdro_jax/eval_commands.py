@@ -51,16 +51,16 @@ def evaluate(
     Returns:
       False when stopped; the same command then goes on.
     """
-    policy = setup.load_policy(
-        dataclasses.replace(config.model, path=model, param_dtype=config.model.dtype)  # nothing is trained
-    )
-    asked = _asked(problems, names, folder, policy.tokenizer, config)
-    sampling = config.eval_sampling(policy.stop_tokens)
-    setup.check_length(policy.model.config, [it.prompts for it in asked.values()], sampling.max_new_tokens, config)
+    wanted = dataclasses.replace(config.model, path=model, param_dtype=config.model.dtype)  # nothing is trained
+    seen = setup.outline(wanted)
+    asked = _asked(problems, names, folder, seen, config)
+    sampling = config.eval_sampling(seen.stop_tokens)
+    setup.check_length(seen.architecture, [it.prompts for it in asked.values()], sampling.max_new_tokens, config)
     settings = _settings(model, asked, sampling, config)
     place = None if out is None else setup.claim_folder(out, "--out")
     if place is not None:
         store.begin(place, settings, {name: (it.prompts.problems, it.private) for name, it in asked.items()})
+    policy = setup.load_policy(wanted, seen=seen)
     scores: dict[str, score.Score] = {}
     as_in_training: Mapping[str, Any] = {}
     for name, it in asked.items():
@@ -115,13 +115,15 @@ def compare_evals(folders: Sequence[str], out: str | None) -> None:
 
 # Parts of evaluate --------------------------------------------------------------------------------------------------
 def _asked(
-    problems: str | None, names: Sequence[str], folder: str | None, tokenizer: Any, config: Config
+    problems: str | None, names: Sequence[str], folder: str | None, seen: setup.Outline, config: Config
 ) -> dict[str, Asked]:
     """Every set by name, all of them checked before anything is sampled."""
+    response = config.eval_sampling(seen.stop_tokens).max_new_tokens
+    tokenizer, most = seen.tokenizer, setup.most_prompt_tokens(config, seen.architecture, response)
     if problems is not None:
         with inputs.verifier(config) as grader:
             loaded, left_out = inputs.checked(problems, "heldout", config, grader)
-        ready, notes = inputs.ready(loaded, config.eval_template, tokenizer, config)
+        ready, notes = inputs.ready(loaded, config.eval_template, tokenizer, config, most)
         _say([*left_out, *notes])
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", pathlib.Path(problems).stem)
         return {name: Asked(ready, config.eval_template, config.data.verifier, False)}
@@ -134,7 +136,7 @@ def _asked(
     for name in chosen:
         source = benchmarks.load(name, folder, on_bad_row=config.data.on_bad_row)
         template = config.eval.template or "boxed"
-        ready, notes = inputs.ready(source.problems, template, tokenizer, config)
+        ready, notes = inputs.ready(source.problems, template, tokenizer, config, most)
         _say([*(f"{name}, line {row.line}: dropped, {row.reason}" for row in source.dropped), *notes])
         benchmark = benchmarks.BENCHMARKS[name]
         out[name] = Asked(ready, template, benchmark.verifier, benchmark.private)
@@ -159,6 +161,7 @@ def _settings(model: str, asked: dict[str, Asked], sampling: SamplingConfig, con
         "sets": {
             name: {
                 "problems": len(it.prompts.problems),
+                **({"dropped": len(it.prompts.dropped)} if it.prompts.dropped else {}),
                 "fingerprint": benchmarks.fingerprint(it.prompts.problems),
                 "template": it.template,
                 "chat": config.data.chat,

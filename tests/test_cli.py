@@ -14,6 +14,7 @@ import safetensors.numpy
 import yaml
 
 from gdro_jax import cli, commands, eval_commands, evaluation, rewards
+from gdro_jax.models import hf, qwen3
 from gdro_jax.rewards.exact import ExactVerifier
 from gdro_jax.rewards.verifier import grades_of
 from gdro_jax.training import ConfigError, config_io, inputs
@@ -219,6 +220,10 @@ def of_no_known_kind(data: bytes) -> bytes:
     return json.dumps(content).encode()
 
 
+def changed(**fields: object):
+    return lambda data: json.dumps(json.loads(data) | fields).encode()
+
+
 DAMAGED = {  # file, what happens to it, words of the line
     "weights cut short": ("model.safetensors", lambda data: data[:-100], "model.safetensors: truncated or not"),
     "empty weights": ("model.safetensors", lambda data: b"", "model.safetensors: truncated or not"),
@@ -226,6 +231,13 @@ DAMAGED = {  # file, what happens to it, words of the line
     "config cut short": ("config.json", lambda data: data[:40], "config.json: not valid JSON"),
     "config that is no object": ("config.json", lambda data: b"[]", "config.json: expected a JSON object, got list"),
     "config of bytes": ("config.json", lambda data: b"\xff\xfe\x00", "config.json"),
+    "a switch for an eps": ("config.json", changed(rms_norm_eps=True), "config.json: rms_norm_eps=True: must be"),
+    "a word for a number of no use": ("config.json", changed(initializer_range="big"), "initializer_range"),
+    "layers that are no list": ("config.json", changed(layer_types=5), "config.json: layer_types=5: must be a list"),
+    "another family": ("config.json", changed(model_type=None, architectures=["LlamaForCausalLM"]), "model_type=None"),
+    "another head": ("config.json", changed(architectures=["Qwen3ForSequenceClassification"]), "architectures=['Qwen3"),
+    "stop tokens outside": ("generation_config.json", changed(eos_token_id=[1, 128]), "stop tokens [128] are outside"),
+    "too small a vocabulary": ("config.json", changed(vocab_size=20), "tokens, the model's vocabulary is 20"),
     "stop tokens cut short": ("generation_config.json", lambda data: b'{"eos_token_id": [', "generation_config.json: "),
     "stop tokens that are no object": (
         "generation_config.json",
@@ -243,9 +255,23 @@ DAMAGED = {  # file, what happens to it, words of the line
 }
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "export"])
+@pytest.fixture
+def no_parameters(monkeypatch):
+    """No parameter is read, made or placed."""
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("parameters before all was checked")
+
+    for name in ("_read", "_place", "_load_param"):
+        monkeypatch.setattr(hf, name, forbidden)
+    monkeypatch.setattr(qwen3, "init", forbidden)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "eval", "export"])
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(name, command, tmp_path, tiny_folder, problems, capsys):
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
+    name, command, tmp_path, tiny_folder, problems, capsys, no_parameters
+):
     file, change, words = DAMAGED[name]
     model = tmp_path / "model"
     shutil.copytree(tiny_folder, model)
@@ -259,6 +285,13 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(name, command, tmp_pat
             "--eval.data=null",
             f"--run.output={tmp_path}/x",
         ],
+        "compare": [
+            f"--model.path={model}",
+            f"--data.train={problems}",
+            "--eval.data=null",
+            f"--compare.output={tmp_path}/x",
+            "--compare.methods={uniform: }",
+        ],
         "eval": [model, problems],
         "export": [model, tmp_path / "x"],
     }
@@ -268,6 +301,54 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(name, command, tmp_pat
     assert printed.err.count("\n") == 1 and printed.err.startswith(f"gdro {command}: ")
     assert words in printed.err
     assert sorted(tmp_path.iterdir()) == before
+
+
+UNFIT = {  # what does not fit the model, none of it damaged
+    "prompts beyond the positions": ["--sampling.max_new_tokens=125"],
+    "an attention that cannot run": ["--model.attention=splash"],
+    "a limit on prompts": ["--data.max_prompt_tokens=2"],
+}
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "eval"])
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_fit_the_model_is_found_before_its_parameters_are_read(
+    name, command, tmp_path, tiny_folder, problems, capsys, no_parameters, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = {
+        "train": [f"--model.path={tiny_folder}", f"--data.train={problems}"],
+        "compare": [f"--model.path={tiny_folder}", f"--data.train={problems}", "--compare.methods={uniform: }"],
+        "eval": [tiny_folder, problems],
+    }
+    assert (
+        invoke(command, *arguments[command], *UNFIT[name], "--mesh.data=1" if command != "eval" else "--eval.k=1") == 2
+    )
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_where_an_export_cannot_go_is_found_before_parameters_are_read(tmp_path, tiny_folder, capsys, no_parameters):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("text")
+    (tmp_path / "file").write_text("text")
+    for place, words in (
+        (tmp_path / "work", "holds thesis.tex"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "x", "not a folder that can be written (File exists)"),
+        ("/proc/nowhere/x", "not a folder that can be written"),
+    ):
+        assert invoke("export", tiny_folder, place) == 2
+        printed = capsys.readouterr()
+        assert words in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_a_folder_for_weights_is_refused(tmp_path, tiny_folder, capsys, no_parameters):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").mkdir()
+    assert invoke("export", model, tmp_path / "x") == 2
+    printed = capsys.readouterr().err
+    assert "model.safetensors: cannot be opened" in printed and printed.count("\n") == 1
 
 
 def test_bad_input_to_a_real_process(tmp_path):

@@ -112,7 +112,8 @@ def prepare(
         chat: None for the text as it is; otherwise it becomes the user's turn in the tokenizer's own chat template,
             ``system`` the system's, and every other entry (such as ``enable_thinking``) is passed to that template.
         max_tokens: longest prompt allowed; None for no limit.
-        on_overlong: ``refuse`` raises at the first prompt that is longer, ``drop`` leaves them out and lists them.
+        on_overlong: ``refuse`` raises, naming the first prompt that is longer and how many more there are, ``drop``
+            leaves them out and lists them.
 
     Raises:
         ValueError: a bad setting.
@@ -137,19 +138,22 @@ def prepare(
     kept: list[Problem] = []
     tokens: list[tuple[int, ...]] = []
     dropped: list[Problem] = []
+    refused = ""
     for problem, ids in zip(problems, encoded, strict=True):
         if not ids:
             raise DataError(f"problem {problem.id}: its prompt has no tokens; at least one is needed")
         if max_tokens is not None and len(ids) > max_tokens:
-            if on_overlong == "refuse":
-                raise DataError(
-                    f"problem {problem.id}: its prompt has {len(ids)} tokens, more than the {max_tokens} allowed; "
-                    "raise the limit, or drop such prompts (data.overlong=drop)"
-                )
             dropped.append(problem)
+            if on_overlong == "refuse":
+                refused = refused or f"its prompt has {len(ids)} tokens, more than the {max_tokens} allowed"
             continue
         kept.append(replace(problem, id=len(kept)))
         tokens.append(tuple(int(token) for token in ids))
+    if refused:
+        more = f"; so have {len(dropped) - 1} more" if len(dropped) > 1 else ""
+        raise DataError(
+            f"problem {dropped[0].id}: {refused}{more}; raise the limit, or drop such prompts (data.overlong=drop)"
+        )
     if not kept:
         raise DataError(f"all {len(problems)} prompts have more than the {max_tokens} tokens allowed")
     return Prompts(problems=tuple(kept), tokens=tuple(tokens), dropped=tuple(dropped))

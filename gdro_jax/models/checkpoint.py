@@ -70,6 +70,8 @@ def open_tensors(folder: pathlib.Path, files: contextlib.ExitStack) -> dict[str,
         try:
             file = files.enter_context(safetensors.safe_open(path, framework="numpy"))
             names = list(file.keys())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened ({error.strerror or error})") from error
         except safetensors.SafetensorError as error:
             raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
         twice = sorted(tensors.keys() & set(names))

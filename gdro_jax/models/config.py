@@ -45,7 +45,7 @@ class Qwen3Config:
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a finite number above 0")
         for name in ("tie_embeddings", "attention_bias"):
             if not isinstance(getattr(self, name), bool):
@@ -66,15 +66,18 @@ class Qwen3Config:
           ValueError: the file is not a dense Qwen3 configuration, or a field it needs is missing or unsupported.
         """
         raw = source if isinstance(source, Mapping) else _read_config(pathlib.Path(source))
-        kind = raw.get("model_type", "qwen3")
+        kind, heads = raw.get("model_type"), raw.get("architectures")
         if kind != "qwen3":
             raise ValueError(f"model_type={kind!r}: only dense 'qwen3' is supported")
+        if heads is not None and heads != [_ARCHITECTURE]:
+            raise ValueError(f"architectures={heads!r}: only [{_ARCHITECTURE!r}] is supported")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act={raw['hidden_act']!r}: only 'silu' is supported")
         if raw.get("use_sliding_window"):
             raise ValueError("use_sliding_window=True: only full attention is supported")
-        if any(layer != "full_attention" for layer in raw.get("layer_types") or ()):  # type: ignore[attr-defined]
-            raise ValueError(f"layer_types={raw['layer_types']!r}: only 'full_attention' is supported")
+        layers = raw.get("layer_types") or []
+        if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+            raise ValueError(f"layer_types={layers!r}: must be a list, and only 'full_attention' is supported")
         missing = [name for name in _HF_REQUIRED if raw.get(name) is None]
         if missing:
             raise ValueError(f"config.json: missing {', '.join(missing)}")
@@ -91,7 +94,7 @@ class Qwen3Config:
         fields: dict[str, object] = {theirs: getattr(self, ours) for theirs, ours in _HF_FIELDS.items()}
         scaling = None if self.rope_scaling is None else scaling_to_hf(self.rope_scaling)
         return {
-            "architectures": ["Qwen3ForCausalLM"],
+            "architectures": [_ARCHITECTURE],
             "model_type": "qwen3",
             "hidden_act": "silu",
             **fields,
@@ -105,6 +108,7 @@ class Qwen3Config:
         return self.max_positions if self.rope_scaling is None else max(self.max_positions, self.rope_scaling.positions)
 
 
+_ARCHITECTURE = "Qwen3ForCausalLM"
 _HF_FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",

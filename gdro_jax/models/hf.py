@@ -1,16 +1,22 @@
 """Loading and saving Hugging Face folders: config.json with one or more *.safetensors, as transformers keeps them.
 
 Both directions read `param_specs`, the one description of the parameters. Besides the model, loading stages at most
-`_STAGED_BYTES` on the host at a time, saving holds the file that is being written.
+`_STAGED_BYTES` on the host at a time, or one layer of one parameter where that is more; saving holds the file that is
+being written and a parameter.
 """
 
+import ctypes
+import errno
 import functools
+import glob
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import jax
@@ -21,7 +27,6 @@ from safetensors.numpy import save_file
 
 from gdro_jax.models import hub
 from gdro_jax.models.checkpoint import (
-    EMBED,
     INDEX_FILE,
     WEIGHTS_FILE,
     CheckpointError,
@@ -38,11 +43,15 @@ from gdro_jax.models.sharding import param_sharding
 __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
-    "check_replaceable",
+    "check",
+    "check_target",
     "load",
     "read_object",
+    "read_params",
+    "refuse_not_finite",
     "save",
     "stored_dtype",
+    "write",
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -57,6 +66,7 @@ TOKENIZER_FILES = (
 )
 GENERATION_FILE = "generation_config.json"
 _STAGED_BYTES = 1 << 26
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def load(path: str | os.PathLike[str], dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Qwen3:
@@ -89,16 +99,30 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", mesh: jax.shardin
     return Qwen3(config, arrays)
 
 
-def stored_dtype(path: str | os.PathLike[str]) -> str:
-    """The dtype of a folder's embedding, as `load` names it; float32 for what it has no name for.
+def check(path: str | os.PathLike[str]) -> None:
+    """Refuses what `load` would: nothing but config.json and the headers of the tensors is read.
 
     Raises:
-      CheckpointError: not a usable checkpoint.
+      CheckpointError: as `load` does.
+    """
+    folder = hub.resolve(path)
+    with ExitStack() as files:
+        check_tensors(folder, read_config(folder), open_tensors(folder, files))
+
+
+def stored_dtype(path: str | os.PathLike[str]) -> str:
+    """The dtype of a folder's tensors, as `load` names it; float32 for float64, which it has no name for.
+
+    Raises:
+      CheckpointError: not a usable checkpoint, or of several dtypes.
     """
     with ExitStack() as files:
         tensors = open_tensors(pathlib.Path(path), files)
-        name = tensors[EMBED].get_dtype() if EMBED in tensors else ""
-    return {"BF16": "bfloat16", "F16": "float16"}.get(name, "float32")
+        examples = {tensor.get_dtype(): name for name, tensor in tensors.items()}
+    if len(examples) > 1:
+        listed = ", ".join(f"{name} of {kind}" for kind, name in sorted(examples.items()))
+        raise CheckpointError(f"{path}: holds tensors of several dtypes ({listed}); give one with --dtype")
+    return {"BF16": "bfloat16", "F16": "float16"}.get("".join(examples), "float32")
 
 
 def save(
@@ -106,20 +130,62 @@ def save(
     path: str | os.PathLike[str],
     *,
     tokenizer_from: str | os.PathLike[str] | None = None,
-    generation: Mapping[str, object] | None = None,
+    generation_from: str | os.PathLike[str] | None = None,
+    stops: Sequence[int] | None = None,
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a folder that `load` and transformers open with every tensor equal, in the parameters' own dtype.
 
-    The folder appears whole or not at all: it is written beside `path` and renamed. One that is there already is
-    replaced as a whole, but only if it holds nothing that this function does not write.
-
     Args:
       model: of any sharding; adapters are merged. In a job of several processes all call this with the same, the
         first one writes, and a model that lies over their devices is gathered a parameter at a time.
+      path, tokenizer_from, generation_from, stops, max_file_bytes: as `write` takes them.
+
+    Raises:
+      CheckpointError, ValueError: as `write`.
+    """
+    model = model if model.adapters() is None else working(model)
+    params = _gathered(model)
+    try:
+        if jax.process_index() == 0:
+            write(
+                model.config, str(model.embed.dtype), params, path,
+                tokenizer_from=tokenizer_from, generation_from=generation_from, stops=stops,
+                max_file_bytes=max_file_bytes,
+            )  # fmt: skip
+    finally:
+        if jax.process_count() > 1:
+            for _ in params:  # a process cannot gather them alone, whatever became of the others' files
+                pass
+
+
+def write(
+    config: Qwen3Config,
+    dtype: str,
+    params: Iterable[tuple[str, np.ndarray]],
+    path: str | os.PathLike[str],
+    *,
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    generation_from: str | os.PathLike[str] | None = None,
+    stops: Sequence[int] | None = None,
+    max_file_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a folder from parameters that come one at a time, stored and of `dtype`.
+
+    The folder is written beside `path`, brought to the disk, and put in place whole. One that is there already is
+    replaced as a whole, but only if it holds nothing that this function does not write: where the system can exchange
+    two names (Linux on most file systems) `path` is at every moment the old folder or the new one; elsewhere it is
+    missing between two renames, and a process that dies there leaves the old one as `.NAME.HOST.PID.old`. What dead
+    processes of this machine left is removed by the next call.
+
+    Args:
+      config: the architecture.
+      dtype: as config.json names it.
+      params: names of `param_specs(config)` with arrays of their stored shapes, in any order.
       path: the folder to make; its parents are made too.
-      tokenizer_from: a folder whose tokenizer files and generation_config.json are copied.
-      generation: entries of generation_config.json that replace the copied ones, such as `eos_token_id`.
+      tokenizer_from: a folder whose tokenizer files are copied.
+      generation_from: a folder whose generation_config.json is copied; None for `tokenizer_from`.
+      stops: ids that end a text, for `eos_token_id` in generation_config.json; None leaves it as it is.
       max_file_bytes: above it the weights are split over several files with an index.
 
     Raises:
@@ -128,45 +194,84 @@ def save(
     """
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes={max_file_bytes}: must be at least 1")
-    model = model if model.adapters() is None else working(model)
-    tensors = _tensors(model)
-    try:
-        if jax.process_index() == 0:
-            _write(model, tensors, pathlib.Path(path).resolve(), tokenizer_from, generation, max_file_bytes)
-    finally:
-        if jax.process_count() > 1:
-            for _ in tensors:  # a process cannot gather them alone, whatever became of the others' files
-                pass
-
-
-def _write(
-    model: Qwen3,
-    tensors: Iterator[tuple[str, np.ndarray]],
-    target: pathlib.Path,
-    tokenizer_from: str | os.PathLike[str] | None,
-    generation: Mapping[str, object] | None,
-    max_file_bytes: int,
-) -> None:
-    check_replaceable(target)
-    extras = [] if tokenizer_from is None else _tokenizer_files(pathlib.Path(tokenizer_from))
-    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    target = pathlib.Path(path).resolve()
+    extras = check_target(target, tokenizer_from, generation_from)
+    _sweep(target, "partial")
+    partial, old = (target.with_name(f".{target.name}.{_host()}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
     partial.mkdir(parents=True)
     try:
-        content = model.config.to_hf() | {"torch_dtype": str(model.embed.dtype)}
-        (partial / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        _save_tensors(tensors, partial, max_file_bytes)
+        (partial / "config.json").write_text(json.dumps(config.to_hf() | {"torch_dtype": dtype}, indent=2) + "\n")
+        _save_tensors(_tensors(config, params), partial, max_file_bytes)
         for file in extras:
             shutil.copyfile(file, partial / file.name)
-        if generation is not None:
-            _update_json(partial / GENERATION_FILE, generation)
-        if target.exists():
+        if stops is not None:
+            _declare_stops(partial / GENERATION_FILE, stops)
+        for entry in (*partial.iterdir(), partial):
+            _to_disk(entry)
+        if not target.exists():
+            partial.rename(target)
+        elif not _exchange(partial, target):
             target.rename(old)
-        partial.rename(target)
+            partial.rename(target)
+        _to_disk(target.parent)
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
+    _sweep(target, "old")  # no sooner: it may have been the only copy
+
+
+def check_target(
+    path: str | os.PathLike[str],
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    generation_from: str | os.PathLike[str] | None = None,
+) -> list[pathlib.Path]:
+    """The files that `write` will copy, once it is sure that it may write to `path`.
+
+    Raises:
+      CheckpointError: as `write`.
+    """
+    check_replaceable(pathlib.Path(path).resolve())
+    if tokenizer_from is None:
+        return []
+    found = _tokenizer_files(pathlib.Path(tokenizer_from))
+    generation = pathlib.Path(tokenizer_from if generation_from is None else generation_from) / GENERATION_FILE
+    if generation.is_file():
+        read_object(generation)
+        found.append(generation)
+    return found
+
+
+def read_params(path: str | os.PathLike[str], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters of a folder in `dtype`, as they are stored, one at a time and on the host alone.
+
+    Raises:
+      CheckpointError: as `load`.
+    """
+    folder = pathlib.Path(path)
+    config = read_config(folder)
+    with ExitStack() as files:
+        tensors = open_tensors(folder, files)
+        check_tensors(folder, config, tensors)
+        for name, spec in param_specs(config).items():
+            whole = tuple(slice(0, n) for n in stored_shape(config, spec))
+            yield name, _read(config, spec, tensors, jnp.dtype(dtype), whole)
+
+
+def refuse_not_finite(
+    config: Qwen3Config, params: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The same parameters.
+
+    Raises:
+      CheckpointError: at the first tensor with an infinite or undefined number, naming it.
+    """
+    for name, array in params:
+        for tensor, part in _layers(config, name, array):
+            if bad := int(part.size - np.isfinite(part).sum()):
+                raise CheckpointError(f"{tensor}: {bad} of {part.size} numbers are not finite in {part.dtype}")
+        yield name, array
 
 
 def _load_param(
@@ -231,7 +336,9 @@ def _read(
     out = np.empty((len(layers), *(cut.stop - cut.start for cut in own)), dtype)
     for row, layer in enumerate(layers):
         tensor = tensors[spec.hf_name.format(layer=layer)]
-        out[row] = tensor[own[::-1]].T if spec.transpose else tensor[own]
+        part = tensor[own[::-1]].T if spec.transpose else tensor[own]
+        with np.errstate(over="ignore"):  # infinite then
+            out[row] = part
     return out if spec.stacked else out[0]
 
 
@@ -256,16 +363,27 @@ def _save_tensors(tensors: Iterator[tuple[str, np.ndarray]], folder: pathlib.Pat
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _tensors(model: Qwen3) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the checkpoint by name, one stacked parameter on the host at a time."""
-    for name, spec in param_specs(model.config).items():
+def _gathered(model: Qwen3) -> Iterator[tuple[str, np.ndarray]]:
+    """Every parameter by name, one on the host at a time."""
+    for name in param_specs(model.config):
         array = getattr(model, name)[...]
         if not array.is_fully_addressable:
             array = multihost_utils.process_allgather(array, tiled=True)
-        array = np.asarray(array)
-        for layer in range(model.config.num_layers if spec.stacked else 1):
-            own = array[layer] if spec.stacked else array
-            yield spec.hf_name.format(layer=layer), np.ascontiguousarray(own.T if spec.transpose else own)
+        yield name, np.asarray(array)
+
+
+def _tensors(config: Qwen3Config, params: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the checkpoint by its name there."""
+    for name, array in params:
+        for tensor, own in _layers(config, name, array):
+            yield tensor, np.ascontiguousarray(own.T if param_specs(config)[name].transpose else own)
+
+
+def _layers(config: Qwen3Config, name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The parts of a stored parameter that are tensors of their own, not yet transposed."""
+    spec = param_specs(config)[name]
+    for layer in range(config.num_layers if spec.stacked else 1):
+        yield spec.hf_name.format(layer=layer), array[layer] if spec.stacked else array
 
 
 def _batches(tensors: Iterator[tuple[str, np.ndarray]], most: int) -> Iterator[dict[str, np.ndarray]]:
@@ -281,13 +399,60 @@ def _batches(tensors: Iterator[tuple[str, np.ndarray]], most: int) -> Iterator[d
     yield batch
 
 
-def _update_json(file: pathlib.Path, changes: Mapping[str, object]) -> None:
+def _declare_stops(file: pathlib.Path, stops: Sequence[int]) -> None:
+    """Makes `stops` the ids of a generation_config.json; one that has them already is left as it is."""
     content = read_object(file) if file.is_file() else {}
-    file.write_text(json.dumps(content | dict(changes), indent=2) + "\n")
+    held = content.get("eos_token_id")
+    if held is None or set(held if isinstance(held, list) else [held]) != set(stops):
+        file.write_text(json.dumps(content | {"eos_token_id": list(stops)}, indent=2) + "\n")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+def _sweep(target: pathlib.Path, kind: str) -> None:
+    """Removes what processes of this machine that are gone left beside `target`."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{_host()}.*.{kind}"):
+        pid = left.name.split(".")[-2]
+        if pid.isdecimal() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _to_disk(path: pathlib.Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _exchange(a: pathlib.Path, b: pathlib.Path) -> bool:
+    """Exchanges two names at once; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    done = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    if done == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(b))
 
 
 def _tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = [folder / name for name in (*TOKENIZER_FILES, GENERATION_FILE) if (folder / name).is_file()]
+    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(file.name in ("tokenizer.json", "vocab.json") for file in found):
         raise CheckpointNotFoundError(f"tokenizer_from={str(folder)!r}: no tokenizer.json or vocab.json there")
     for file in found:

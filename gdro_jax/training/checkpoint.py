@@ -4,13 +4,17 @@ Randomness is stateless (every key derives from seed, step and purpose) and the 
 (seed, position), so arrays and counters are all there is. Orbax writes each checkpoint atomically.
 """
 
+import contextlib
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+
+from gdro_jax.models.checkpoint import CheckpointError
 
 Tree = TypeVar("Tree")
 
@@ -54,24 +58,56 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_part(folder: pathlib.Path, paths: Sequence[str]) -> dict[str, jax.Array]:
-    """Some arrays of one checkpoint, such as the policy's alone, on the default device; nothing else is read.
+def saved_part(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], np.ndarray]:
+    """Some arrays of one checkpoint, such as the policy's alone; nothing else is read.
 
     Args:
       folder: `checkpoints/STEP` of a run.
-      paths: of leaves, as `jax.tree_util.keystr` writes them.
+      shapes: of leaves by their paths, as `jax.tree_util.keystr` writes them.
+
+    Returns:
+      A function that reads the leaf of a path onto the host.
 
     Raises:
-      KeyError: a path that the checkpoint does not hold.
+      CheckpointError: a leaf that the checkpoint does not hold, or in another shape; reading: files that are missing.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        held = reader.metadata(folder.resolve() / "arrays").item_metadata.tree
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {path: jax.ShapeDtypeStruct(held[path].shape, held[path].dtype, sharding=place) for path in paths}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(item=wanted, partial_restore=True, restore_args=restore_args)
-        return reader.restore(folder.resolve() / "arrays", args=args)
+    for name in ("absl", "asyncio"):  # which say again, at length, what is raised
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    place = folder.resolve() / "arrays"
+    found = None
+    if place.is_dir():
+        with _readable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.metadata(place).item_metadata
+    if found is None:
+        raise CheckpointError(f"{folder}: holds no arrays; expected what Orbax writes in {place}")
+    held = {path: tuple(leaf.shape) for path, leaf in found.tree.items()}
+    unlike = [
+        f"{path} is {held.get(path, 'missing')}, not {shape}"
+        for path, shape in shapes.items()
+        if held.get(path) != shape
+    ]
+    if unlike:
+        more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+        raise CheckpointError(f"{folder}: does not fit the config.json of the run's model: {unlike[0]}{more}")
+
+    def read(path: str) -> np.ndarray:
+        args = ocp.args.PyTreeRestore(
+            item={path: 0}, partial_restore=True, restore_args={path: ocp.RestoreArgs(restore_type=np.ndarray)}
+        )
+        with _readable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return np.asarray(reader.restore(place, args=args)[path])
+
+    return read
+
+
+@contextlib.contextmanager
+def _readable(folder: pathlib.Path) -> Iterator[None]:
+    """Says in one line what Orbax raises of files that are missing or damaged."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder}: cannot be read ({first[:200]})") from error
 
 
 def _flat(tree: Any) -> dict[str, Any]:

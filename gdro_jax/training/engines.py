@@ -19,7 +19,7 @@ def make(config: Config, policy: setup.Policy, mesh: jax.sharding.Mesh | None = 
         return sampler(policy.model, built, mesh, even=setup.most_rollouts(config.controller) is not None)
 
     def push(model: qwen3.Qwen3) -> None:
-        save_policy(model, folder, setup.tokenizer_folder(config.model), policy.stop_tokens)
+        save_policy(model, folder, config.model, policy.stop_tokens)
         served.reload(url, settings.server_timeout)
 
     name = settings.server_model or folder

@@ -3,15 +3,16 @@
 import dataclasses
 import pathlib
 import re
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 
-from gdro_jax.data import prompts
-from gdro_jax.models import hf, hub, qwen3
+from gdro_jax.models import hf, hub, lora, qwen3
 from gdro_jax.models.checkpoint import read_config
 from gdro_jax.training import config_io, processes, setup
-from gdro_jax.training.checkpoint import restore_part
-from gdro_jax.training.config import Config
+from gdro_jax.training.checkpoint import saved_part
+from gdro_jax.training.config import ModelConfig
 
 _PREFIX = ".learner.model."
 
@@ -19,77 +20,116 @@ _PREFIX = ".learner.model."
 def export(source: str, out: str, *, dtype: str | None = None, max_file_bytes: int = 5_000_000_000) -> pathlib.Path:
     """Writes the policy of a run, of one of its checkpoints, or of a Hugging Face folder to the folder `out`.
 
-    Nothing but the policy is read: neither the optimiser's state nor the data of the run need be there.
+    Nothing but the policy is read: neither the optimiser's state nor the data of the run need be there. It is read,
+    cast and written parameter by parameter, on the host; of adapters' sums one at a time is made on a device.
 
     Args:
       source: a run's folder (its newest checkpoint is taken), `RUN/checkpoints/STEP`, a Hugging Face folder or name.
       out: the folder to make, with weights, config.json, tokenizer and generation_config.json; whole or not at all.
       dtype: of the tensors; None for the run's `model.dtype`, and for that of the files of a Hugging Face folder.
+        The run's parameters, or the float32 sum of its base and adapters, are rounded to this alone.
       max_file_bytes: above it the weights are split over several files with an index.
 
     Raises:
-      InputError, ConfigError, CheckpointError: a source that holds no policy, an `out` that holds something else.
+      InputError, ConfigError, CheckpointError, DataError: a source that holds no policy, an `out` that cannot be
+        written or holds something else, before any parameter is read; a parameter that is not finite in `dtype`.
     """
-    place, stops = pathlib.Path(source), None
+    place, target, config = pathlib.Path(source), pathlib.Path(out), None
     run, step = (place.parent.parent, place.name) if place.parent.name == "checkpoints" else (place, None)
     if (run / "config.yaml").is_file():
-        config = config_io.load(run / "config.yaml")
-        model = _of_run(run, step, config)
-        tokens_at = setup.tokenizer_folder(config.model)
-        tokenizer = setup.load_tokenizer(tokens_at)
-        stops = prompts.stop_tokens(setup.model_folder(config.model.path, weights=False), tokenizer)
-        dtype = config.model.dtype if dtype is None else dtype
+        config = config_io.load(run / "config.yaml").model
+        tokens_at, made_from = _folders(config)
     else:
-        folder = hub.resolve(source)
-        if not folder.is_dir():
-            what = "is a file, not a folder" if folder.exists() else "no such folder"
+        made_from = tokens_at = hub.resolve(source)
+        if not made_from.is_dir():
+            what = "is a file, not a folder" if made_from.exists() else "no such folder"
             raise setup.InputError(f"{source}: {what}; expected a run, one of its checkpoints, or a model")
-        if not (folder / "config.json").is_file():
+        if not (made_from / "config.json").is_file():
             raise setup.InputError(f"{source}: holds neither config.yaml, as a run does, nor config.json, as a model")
-        read_config(folder)
-        if (folder / "tokenizer.json").is_file():
-            setup.load_tokenizer(folder)  # what would not open is not passed on
-        model = hf.load(folder, dtype=hf.stored_dtype(folder) if dtype is None else dtype)
-        tokens_at = folder
-    save_policy(qwen3.Qwen3(model.config, model.arrays(), dtype), out, tokens_at, stops, max_file_bytes)
-    return pathlib.Path(out)
+    architecture = read_config(made_from)
+    hf.check_target(target, tokens_at, made_from)
+    _, stops = setup.tokens_of(made_from, tokens_at, architecture.vocab_size)  # what would not open is not passed on
+    if config is not None:
+        dtype = config.dtype if dtype is None else dtype
+        params = _of_run(_checkpoint(run, step), config, architecture, dtype)
+    else:
+        hf.check(made_from)
+        dtype = hf.stored_dtype(made_from) if dtype is None else dtype
+        params = hf.read_params(made_from, dtype)
+    setup.claim_folder(str(target.resolve().parent), "OUT's parent")
+    hf.write(
+        architecture, dtype, hf.refuse_not_finite(architecture, params), target,
+        tokenizer_from=tokens_at, generation_from=made_from, stops=stops, max_file_bytes=max_file_bytes,
+    )  # fmt: skip
+    return target
 
 
-def save_policy(
-    model: qwen3.Qwen3,
-    out: str | pathlib.Path,
-    tokens_at: pathlib.Path,
-    stops: tuple[int, ...] | None,
-    max_file_bytes: int = 5_000_000_000,
-) -> None:
-    """Writes the model in its compute dtype, with its tokenizer and, where `stops` are given, the ids that end a text.
+def save_policy(model: qwen3.Qwen3, out: str | pathlib.Path, config: ModelConfig, stops: tuple[int, ...]) -> None:
+    """Writes the model in its compute dtype, with its tokenizer and the ids that end a text.
 
     In a job of several processes all call it, and all end if process 0 cannot write.
 
     Raises:
-      CheckpointError: the folder holds something else, or `tokens_at` no tokenizer.
+      CheckpointError: the folder holds something else, or there is no tokenizer.
     """
-    generation = None if stops is None else {"eos_token_id": list(stops)}
+    tokens_at, made_from = _folders(config)
     whole = qwen3.working(model)
-    processes.together(
-        lambda: hf.save(whole, out, tokenizer_from=tokens_at, generation=generation, max_file_bytes=max_file_bytes)
-    )
+    processes.together(lambda: hf.save(whole, out, tokenizer_from=tokens_at, generation_from=made_from, stops=stops))
 
 
-def _of_run(run: pathlib.Path, step: str | None, config: Config) -> qwen3.Qwen3:
+def _folders(config: ModelConfig) -> tuple[pathlib.Path, pathlib.Path]:
+    """Of the tokenizer, and of the model that was begun with."""
+    return setup.tokenizer_folder(config), setup.model_folder(config.path, weights=False)
+
+
+def _checkpoint(run: pathlib.Path, step: str | None) -> pathlib.Path:
     saved = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if re.fullmatch(r"\d+", p.name))
     if not saved:
         raise setup.InputError(f"{run}: holds no checkpoint yet; expected one in {run / 'checkpoints'}")
     if step is not None and step not in map(str, saved):
         raise setup.InputError(f"{run}: no checkpoint {step}; there are {', '.join(map(str, saved))}")
-    folder = run / "checkpoints" / (str(saved[-1]) if step is None else step)
-    if config.model.lora_rank is not None:
-        base = setup.load_policy(dataclasses.replace(config.model, attention="xla")).model
-        like = jax.eval_shape(lambda: setup.adapters(config.model, base.config, jax.random.key(0)))
-        paths = {f"{_PREFIX}arrays[{name!r}]": name for name in like.arrays}
-        factors = {paths[path]: array for path, array in restore_part(folder, list(paths)).items()}
-        return qwen3.working(qwen3.adapted(base, dataclasses.replace(like, arrays=factors)))
-    architecture = read_config(setup.model_folder(config.model.path, weights=False))
-    wanted = {f"{_PREFIX}{name}.value": name for name in qwen3.param_specs(architecture)}
-    arrays = restore_part(folder, list(wanted))
-    return qwen3.Qwen3(architecture, {wanted[path]: array for path, array in arrays.items()})
+    return run / "checkpoints" / (str(saved[-1]) if step is None else step)
+
+
+def _of_run(
+    checkpoint: pathlib.Path, config: ModelConfig, architecture: qwen3.Qwen3Config, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The policy's parameters in `dtype`, one on the host at a time; what the run lacks is said before the first."""
+    specs = qwen3.param_specs(architecture)
+    if config.lora_rank is None:
+        shapes = {f"{_PREFIX}{name}.value": qwen3.stored_shape(architecture, spec) for name, spec in specs.items()}
+        held = saved_part(checkpoint, shapes)
+        return ((name, _cast(held(path), dtype)) for name, path in zip(specs, shapes, strict=True))
+    like = jax.eval_shape(lambda: setup.adapters(config, architecture, jax.random.key(0)))
+    shapes = {f"{_PREFIX}arrays[{name!r}]": array.shape for name, array in like.arrays.items()}
+    held = saved_part(checkpoint, shapes)
+    base = _base(config)
+    return _merged(
+        base, dataclasses.replace(like, arrays=dict(zip(like.arrays, map(held, shapes), strict=True))), dtype
+    )
+
+
+def _base(config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """What adapters lie on, as the run holds it."""
+    if config.random_init is None:
+        folder = setup.model_folder(config.path)
+        hf.check(folder)
+        return hf.read_params(folder, config.dtype)
+    made = setup.load_policy(dataclasses.replace(config, attention="xla")).model
+    return ((name, np.asarray(array)) for name, array in made.arrays().items())
+
+
+def _merged(
+    base: Iterator[tuple[str, np.ndarray]], adapters: lora.Adapters, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    low = adapters.scaled()
+    for name, w in base:
+        if f"{name}_a" in low:
+            yield name, np.asarray(lora.merged(w, low[f"{name}_a"], low[f"{name}_b"], dtype))
+        else:
+            yield name, _cast(w, dtype)
+
+
+def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # infinite then, which is refused
+        return array.astype(dtype)

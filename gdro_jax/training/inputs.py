@@ -67,9 +67,9 @@ def checked(name: str, split: str, config: Config, grader: rewards.Verifier) -> 
 
 
 def ready(
-    problems: Sequence[Problem], template: str, tokenizer: prompts.Tokenizer, config: Config
+    problems: Sequence[Problem], template: str, tokenizer: prompts.Tokenizer, config: Config, most: int | None
 ) -> tuple[prompts.Prompts, list[str]]:
-    """Problems as token ids, and a line if any was left out as too long.
+    """Problems as token ids, and a line if any was left out as too long, with more than `most` tokens.
 
     Raises:
       DataError: with one clear line.
@@ -79,10 +79,14 @@ def ready(
         tokenizer,
         template=template,
         chat=config.data.chat,
-        max_tokens=config.data.max_prompt_tokens,
+        max_tokens=most,
         on_overlong=config.data.overlong,
     )
-    notes = [f"{len(out.dropped)} of {len(problems)} prompts dropped as too long"] if out.dropped else []
+    notes = (
+        [f"{len(out.dropped)} of {len(problems)} prompts dropped as too long, above {most} tokens"]
+        if out.dropped
+        else []
+    )
     return out, notes
 
 

@@ -108,7 +108,8 @@ class Trainer:
             self._lock = run_folder.claim(config)
             on_error.callback(self._release)
             first = list(parts.train.tokens[0])
-            run_folder.keep_first_prompt(self.folder, first, str(parts.policy.tokenizer.decode(first)))
+            shown = str(parts.policy.tokenizer.decode(first))
+            run_folder.keep_first_prompt(self.folder, first, shown, len(parts.train.dropped))
             self._open()
             on_error.pop_all()
 
@@ -166,8 +167,9 @@ class Trainer:
                 self.save()
         done = self.step >= self.config.run.steps and self._pending is None
         if done and self.config.run.save_model:
-            policy, tokens_at = self.parts.policy, setup.tokenizer_folder(self.config.model)
-            save_policy(self._policy(), self.folder / run_folder.MODEL, tokens_at, policy.stop_tokens)
+            save_policy(
+                self._policy(), self.folder / run_folder.MODEL, self.config.model, self.parts.policy.stop_tokens
+            )
         return done
 
     def check_agreement(self) -> agreement.Gap | None:

@@ -62,7 +62,11 @@ def compile_sampler(
     """
     settings = config.sampling.build((0,))  # which token stops a row changes no shape
     model, asked, seed = _arguments(config, architecture, prompt_tokens, device, layout)
-    compiled = programs.Programs(settings, layout.mesh, reader(model, settings, layout.mesh, device))
+    try:
+        kept = reader(model, settings, layout.mesh, device)
+    except ValueError as error:
+        raise setup.InputError(f"sampling.{error}") from None
+    compiled = programs.Programs(settings, layout.mesh, kept)
     shards = layout.shards
     slots = -(-min(settings.slots or config.rows_per_step, config.rows_per_step) // shards)
     growing, shrinking = compiled.stages(slots)

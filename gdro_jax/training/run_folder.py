@@ -72,12 +72,13 @@ def _locked(config: Config) -> filelock.BaseFileLock:
     return lock
 
 
-def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str) -> None:
-    """`first_prompt.txt`: how many tokens and which, and below an empty line the text that they are.
+def keep_first_prompt(folder: pathlib.Path, tokens: Sequence[int], text: str, dropped: int) -> None:
+    """`first_prompt.txt`: how many tokens and which, how many prompts were dropped, and the text of those tokens.
 
     Of several processes all call it; the errors of `processes.on_first`.
     """
-    content = f"{len(tokens)} tokens: {' '.join(map(str, tokens))}\n\n{text}\n"
+    ids = " ".join(map(str, tokens))
+    content = f"{len(tokens)} tokens: {ids}\n{dropped} prompts dropped as too long\n\n{text}\n"
     processes.on_first(lambda: (folder / "first_prompt.txt").write_text(content))
 
 
@@ -102,7 +103,7 @@ def check(config: Config) -> None:
     folder = pathlib.Path(config.run.output)
     file = folder / "config.yaml"
     if config.run.save_model:
-        hf.check_replaceable(folder / MODEL)  # not only once all is trained
+        hf.check_target(folder / MODEL)  # not only once all is trained
     if file.exists():
         found = config_io.load(file)
         mine, theirs = config_io.to_dict(config), config_io.to_dict(found)

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import jax
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from gdro_jax import controllers
 from gdro_jax.data import orders, prompts
 from gdro_jax.models import attention, hf, hub, lora, qwen3
-from gdro_jax.models.checkpoint import digest, read_config
+from gdro_jax.models.checkpoint import CheckpointError, digest, read_config
 from gdro_jax.training import inputs, mesh
 from gdro_jax.training.config import Config, ControllerConfig, MeshConfig, ModelConfig
 
@@ -38,11 +39,20 @@ class Policy(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
-class Checked(NamedTuple):
-    """A run's parts but for the weights; `heldout` is None without evaluation; `notes` say what was noticed, and show a
-    prompt."""
+class Outline(NamedTuple):
+    """All of a policy but its weights, found to fit together before any of them is read."""
 
-    source: Source
+    folder: pathlib.Path
+    architecture: qwen3.Qwen3Config
+    kernel: str
+    tokenizer: transformers.PreTrainedTokenizerBase
+    stop_tokens: tuple[int, ...]
+
+
+class Checked(NamedTuple):
+    """A run's parts but for the weights; `heldout` is None without evaluation; `notes` say what was noticed."""
+
+    outline: Outline
     train: prompts.Prompts
     heldout: prompts.Prompts | None
     rule: controllers.Rule
@@ -90,6 +100,8 @@ def load_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase
             hf.read_object(folder / name)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder)
+    except StrictDataclassError as error:  # of config.json, which it reads too
+        raise InputError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"model.tokenizer: {folder}: cannot be opened ({error!r})") from error
     except Exception as error:
@@ -127,11 +139,11 @@ def layout(config: Config, devices: Sequence[jax.Device] | None = None) -> mesh.
     return found
 
 
-def read(config: ModelConfig) -> Source:
-    """Everything of a model but its weights; no device is used.
+def outline(config: ModelConfig) -> Outline:
+    """Everything that can be wrong with a policy but its weights, found from its small files alone.
 
     Raises:
-      InputError, CheckpointError: a missing folder or file, or one that does not fit.
+      InputError, CheckpointError, DataError: a missing folder or file, or one that does not fit.
     """
     folder = model_folder(config.path, weights=config.random_init is None)
     if not folder.is_dir():
@@ -143,45 +155,57 @@ def read(config: ModelConfig) -> Source:
             "done, and `gdro export` writes it from a checkpoint"
         )
     tokens_at = tokenizer_folder(config)
-    if not (tokens_at / "tokenizer.json").is_file():  # before the weights are read
+    if not (tokens_at / "tokenizer.json").is_file():
         raise InputError(f"model.tokenizer: {tokens_at} holds no tokenizer.json")
+    cut = architecture(config)
     if config.lora_rank is not None:
         try:
-            lora.adapter_specs(architecture(config), config.lora_rank, lora.targets(config.lora_targets))
+            lora.adapter_specs(cut, config.lora_rank, lora.targets(config.lora_targets))
         except ValueError as error:
             raise InputError(f"model.{error}") from None
-    cut = read_config(folder) if config.random_init is None else architecture(config)
-    attention_kernel(config, cut, jax.devices()[0])
+    kernel = attention_kernel(config, cut, jax.devices()[0])
+    tokenizer, stops = tokens_of(folder, tokens_at, cut.vocab_size)
+    if config.random_init is None:
+        hf.check(folder)
+    return Outline(folder, cut, kernel, tokenizer, stops)
+
+
+def tokens_of(
+    folder: pathlib.Path, tokens_at: pathlib.Path, vocab: int
+) -> tuple[transformers.PreTrainedTokenizerBase, tuple[int, ...]]:
+    """The tokenizer, and the ids that end a text of the model in `folder`, whose vocabulary all are within.
+
+    Raises:
+      InputError, CheckpointError, DataError: a file is malformed, an id outside, or nothing ends a text.
+    """
     tokenizer = load_tokenizer(tokens_at)
-    stops = prompts.stop_tokens(folder, tokenizer)
-    vocab = cut.vocab_size
     if len(tokenizer) > vocab:
         raise InputError(f"model.tokenizer: {tokens_at} has {len(tokenizer)} tokens, the model's vocabulary is {vocab}")
-    outside = [t for t in stops if t >= vocab]
-    if outside:
-        raise InputError(f"model.path={config.path!r}: stop tokens {outside} are outside the vocabulary of {vocab}")
-    return Source(cut, tokenizer, stops)
+    stops = prompts.stop_tokens(folder, tokenizer)
+    if outside := [t for t in stops if t >= vocab]:
+        raise InputError(f"model.path='{folder}': stop tokens {outside} are outside the vocabulary of {vocab}")
+    return tokenizer, stops
 
 
-def load_policy(config: ModelConfig, layout: mesh.Layout = mesh.ONE_DEVICE, source: Source | None = None) -> Policy:
+def load_policy(config: ModelConfig, layout: mesh.Layout = mesh.ONE_DEVICE, seen: Outline | None = None) -> Policy:
     """Model, tokenizer and stop tokens; parameters are read straight to where the layout wants them.
 
     Args:
-      source: what `read(config)` gave before; None reads it.
+      seen: what `outline(config)` gave before; None checks it now.
 
     Raises:
-      InputError, CheckpointError: a missing folder or file, or one that does not fit.
+      InputError, CheckpointError, DataError: a missing folder or file, or one that does not fit; before any parameter
+        is placed.
     """
-    source = read(config) if source is None else source
+    seen = outline(config) if seen is None else seen
     held = config.param_dtype if config.lora_rank is None else config.dtype  # what is frozen need not be finer
     if config.random_init is None:
-        model = hf.load(model_folder(config.path), dtype=held, mesh=layout.mesh)
+        model = hf.load(seen.folder, dtype=held, mesh=layout.mesh)
     else:
-        key, cut = jax.random.key(config.random_init), source.architecture
+        key, cut = jax.random.key(config.random_init), seen.architecture
         model = layout.made(cut, lambda key: qwen3.init(cut, key, held), key)
-    kernel = attention_kernel(config, model.config, jax.devices()[0])
-    model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, kernel)
-    return Policy(model, source.tokenizer, source.stop_tokens)
+    model = qwen3.Qwen3(model.config, model.arrays(), config.dtype, config.remat, seen.kernel)
+    return Policy(model, seen.tokenizer, seen.stop_tokens)
 
 
 def adapters(config: ModelConfig, architecture: qwen3.Qwen3Config, key: jax.Array) -> lora.Adapters:
@@ -197,23 +221,12 @@ def adapters(config: ModelConfig, architecture: qwen3.Qwen3Config, key: jax.Arra
     )
 
 
-def assemble(config: Config) -> Setup:
-    """Loads and checks everything a run needs; the errors of `check` and `load_policy`."""
-    checked = check(config)
-    return with_policy(checked, load_policy(config.model, checked.layout, checked.source))
-
-
-def with_policy(checked: Checked, policy: Policy) -> Setup:
-    """The parts with their policy, which several runs may share."""
-    return Setup(policy, *checked[1:])
-
-
-def check(config: Config, source: Source | None = None, data: inputs.Inputs | None = None) -> Checked:
-    """Loads and checks everything a run needs but the weights.
+def check(config: Config, seen: Outline | None = None, data: inputs.Inputs | None = None) -> Checked:
+    """Everything a run needs but the weights, so that no mistake is found after they are read.
 
     Args:
       config: the run's configuration.
-      source: what `read(config.model)` gave before; None reads it.
+      seen: what `outline(config.model)` gave before; None makes it.
       data: what `inputs.load(config)` gave before, to check it once for several runs; None loads it.
 
     Raises:
@@ -221,14 +234,15 @@ def check(config: Config, source: Source | None = None, data: inputs.Inputs | No
     """
     where = layout(config)
     data = inputs.load(config) if data is None else data
-    source = read(config.model) if source is None else source
-    train, notes = inputs.ready(data.train, config.data.template, source.tokenizer, config)
+    seen = outline(config.model) if seen is None else seen
+    tokenizer, most = seen.tokenizer, most_prompt_tokens(config, seen.architecture, _response(config))
+    train, notes = inputs.ready(data.train, config.data.template, tokenizer, config, most)
     first = train.tokens[0]
-    shown = f"first prompt, {len(first)} tokens: {source.tokenizer.decode(list(first))!r}"
+    shown = f"first prompt, {len(first)} tokens: {tokenizer.decode(list(first))!r}"
     notes = [*data.notes, *notes, shown]
     heldout = None
     if data.heldout is not None:
-        heldout, more = inputs.ready(data.heldout, config.eval_template, source.tokenizer, config)
+        heldout, more = inputs.ready(data.heldout, config.eval_template, tokenizer, config, most)
         notes += more
     if config.train.prompts_per_step > len(train.problems):
         raise InputError(
@@ -247,25 +261,41 @@ def check(config: Config, source: Source | None = None, data: inputs.Inputs | No
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"controller: {error}") from None
-    response = max(config.sampling.max_new_tokens, config.eval_sampling(source.stop_tokens).max_new_tokens)
-    check_length(source.architecture, [p for p in (train, heldout) if p is not None], response, config)
-    return Checked(source, train, heldout, rule, order, where, tuple(notes))
+    check_length(seen.architecture, [p for p in (train, heldout) if p is not None], _response(config), config)
+    return Checked(seen, train, heldout, rule, order, where, tuple(notes))
 
 
 def facts(config: Config, checked: Checked) -> dict[str, object]:
     """What decides the numbers of a run and is not in its configuration, to compare between processes."""
-    model, tokens = config.model, checked.source.tokenizer.backend_tokenizer.to_str()
-    folder = model_folder(model.path, weights=model.random_init is None)
+    model, seen = config.model, checked.outline
+    tokens = seen.tokenizer.backend_tokenizer.to_str()
     heldout = None if checked.heldout is None else checked.heldout.fingerprint
     return {
         f"problems of data.train={config.data.train}": checked.train.fingerprint,
         f"problems of eval.data={config.eval.data}": heldout,
-        **{f"{name} of model.path={model.path}": value for name, value in checked.source.architecture.to_hf().items()},
-        f"weights of model.path={model.path}": digest(folder, "", weights=model.random_init is None),
-        "stop tokens": checked.source.stop_tokens,
-        "tokens of the tokenizer": len(checked.source.tokenizer),
+        **{f"{name} of model.path={model.path}": value for name, value in seen.architecture.to_hf().items()},
+        f"weights of model.path={model.path}": digest(seen.folder, "", weights=model.random_init is None),
+        "stop tokens": seen.stop_tokens,
+        "tokens of the tokenizer": len(seen.tokenizer),
         "tokenizer": hashlib.sha256(tokens.encode()).hexdigest()[:16],
     }
+
+
+def assemble(config: Config, policy: Policy | None = None, checked: Checked | None = None) -> Setup:
+    """Checks and loads everything a run needs.
+
+    Args:
+      config: the run's configuration.
+      policy: what `load_policy(config.model, layout(config))` gave before, to hold one copy for several runs;
+        None loads it.
+      checked: what `check(config)` gave before; None makes it.
+
+    Raises:
+      InputError, DataError, CheckpointError: with one clear line.
+    """
+    checked = check(config) if checked is None else checked
+    policy = load_policy(config.model, checked.layout, checked.outline) if policy is None else policy
+    return Setup(policy, *checked[1:])
 
 
 def most_rollouts(config: ControllerConfig) -> int | None:
@@ -288,8 +318,8 @@ def architecture(config: ModelConfig) -> qwen3.Qwen3Config:
     """
     folder = model_folder(config.path, weights=False)
     try:
-        return qwen3.Qwen3Config.from_hf(folder)
-    except (ValueError, FileNotFoundError) as error:
+        return read_config(folder)
+    except CheckpointError as error:
         raise InputError(f"model.path={config.path!r}: {error}") from None
 
 
@@ -321,26 +351,43 @@ def longest_prompt(config: Config) -> int:
     """
     if config.data.max_prompt_tokens is not None:
         return config.data.max_prompt_tokens
+    most = most_prompt_tokens(config, architecture(config.model), _response(config))
     tokenizer = load_tokenizer(tokenizer_folder(config.model))
-    train, _ = inputs.ready(inputs.load(config).train, config.data.template, tokenizer, config)
+    train, _ = inputs.ready(inputs.load(config).train, config.data.template, tokenizer, config, most)
     return train.longest
 
 
-def check_length(
-    architecture: qwen3.Qwen3Config, asked: Sequence[prompts.Prompts], response: int, config: Config
-) -> None:
+def most_prompt_tokens(config: Config, model: qwen3.Qwen3Config, response: int) -> int | None:
+    """Tokens above which a prompt is too long: `data.max_prompt_tokens`; without it, where such prompts are to be
+    dropped, what the model's positions leave besides `response` tokens; else None."""
+    if config.data.max_prompt_tokens is not None or config.data.overlong != "drop":
+        return config.data.max_prompt_tokens
+    if response >= model.positions:
+        raise _no_room(response, 1, model.positions)
+    return model.positions - response
+
+
+def _response(config: Config) -> int:
+    """Tokens of the longest response, in training or evaluation."""
+    return max(config.sampling.max_new_tokens, config.eval.max_new_tokens or 0)
+
+
+def check_length(model: qwen3.Qwen3Config, asked: Sequence[prompts.Prompts], response: int, config: Config) -> None:
     """Prompt and `response` tokens together must have a position each.
 
     Raises:
       InputError: they may need more than the model has.
     """
     longest = config.data.max_prompt_tokens or max(p.longest for p in asked)
-    needed, most = longest + response, architecture.positions
-    if needed > most:
-        raise InputError(
-            f"sampling.max_new_tokens={response}: with prompts of up to {longest} tokens that is "
-            f"{needed} positions, the model has {most} (max_position_embeddings in its config.json)"
-        )
+    if longest + response > model.positions:
+        raise _no_room(response, longest, model.positions)
+
+
+def _no_room(response: int, longest: int, positions: int) -> InputError:
+    return InputError(
+        f"sampling.max_new_tokens={response}: with prompts of up to {longest} tokens that is "
+        f"{longest + response} positions, the model has {positions} (max_position_embeddings in its config.json)"
+    )
 
 
 def claim_folder(path: str, field: str) -> pathlib.Path:

@@ -1,8 +1,11 @@
 """Hugging Face folders in and out: every tensor equal, bad folders refused in one line before any device memory."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +42,14 @@ def assert_same(got: qwen3.Qwen3, want: qwen3.Qwen3) -> None:
 
 
 def refused(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The one-line refusal of a folder; fails if anything was put on a device before it."""
+    """The one-line refusal of a folder; fails if a parameter was read or placed before it."""
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("device memory was taken before the folder was checked")
 
     with monkeypatch.context() as patch:
-        for name in ("device_put", "make_array_from_single_device_arrays"):
-            patch.setattr(jax, name, forbidden)
+        for name in ("_load_param", "_place", "_read"):
+            patch.setattr(hf, name, forbidden)
         with pytest.raises(hf.CheckpointError) as error:
             hf.load(path)
     assert isinstance(error.value, ValueError)
@@ -244,6 +247,10 @@ def test_a_truncated_file_is_refused(keep: int, folder: pathlib.Path, monkeypatc
     ("change", "text"),
     [
         ({"model_type": "llama"}, "model_type='llama'"),
+        ({"model_type": None, "architectures": ["LlamaForCausalLM"]}, "model_type=None"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures=['Qwen3ForSequenceClassification']"),
+        ({"rms_norm_eps": True}, "rms_norm_eps=True"),
+        ({"layer_types": 5}, "layer_types=5"),
         ({"hidden_size": None}, "missing hidden_size"),
         ({"hidden_size": "32"}, "hidden_size='32'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
@@ -330,3 +337,70 @@ def test_config_round_trip_and_defaults_of_transformers() -> None:
         qwen3.Qwen3Config.from_hf(raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_theta
         == 7
     )
+
+
+KILLED = """
+import os, pathlib, sys, numpy as np
+from gdro_jax.models import hf
+from gdro_jax.models.config import param_specs, stored_shape
+from conftest import TINY
+
+target = pathlib.Path(sys.argv[1])
+STEPS = [(os, "fsync"), (hf, "_exchange"), (pathlib.Path, "rename"), (hf.shutil, "rmtree")]
+if sys.argv[2] == "renames":
+    hf._exchange = lambda a, b: False
+real = {name: getattr(owner, name) for owner, name in STEPS}
+
+def save(value, most, die_at=None):
+    calls = 0
+    def counted(name):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == die_at:
+                os._exit(9)
+            return real[name](*args, **kwargs)
+        return call
+    for owner, name in STEPS:
+        setattr(owner, name, counted(name))
+    params = ((n, np.full(stored_shape(TINY, s), value, np.float32)) for n, s in param_specs(TINY).items())
+    hf.write(TINY, "float32", params, target, max_file_bytes=most)
+    for owner, name in STEPS:
+        setattr(owner, name, real[name])
+    return calls
+
+def held():
+    return [sorted({float(x) for _, a in hf.read_params(p, "float32") for x in (a.min(), a.max())})
+            for p in target.parent.iterdir() if p.name == "model"]
+
+save(0.0, 10**9)
+points = save(0.0, 20_000)
+for point in range(1, points + 1):
+    child = os.fork()
+    if child == 0:
+        save(float(point), 20_000, point)
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(point, held())
+    save(0.0, 10**9)
+    assert held() == [[0.0]] and [p.name for p in target.parent.iterdir()] == ["model"]
+"""
+
+
+@pytest.mark.parametrize("how", ["exchange", "renames"])
+def test_a_save_that_is_killed_leaves_one_whole_folder(how: str, tmp_path: pathlib.Path) -> None:
+    """At every point where names or the disk are touched; what it left is gone after the next save."""
+    (tmp_path / "at").mkdir()
+    paths = os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "at" / "model"), how],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    assert len(seen) > 5
+    missing = [point for point, found in seen if found == "[]"]
+    assert len(missing) == (0 if how == "exchange" else 1)  # between the two renames
+    for point, found in seen:
+        assert found in ("[[0.0]]", f"[[{float(point)}]]", *(["[]"] if how == "renames" else [])), (point, found)
+    assert {found for _, found in seen} > {"[[0.0]]"}  # some died after the exchange

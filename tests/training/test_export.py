@@ -2,15 +2,18 @@
 
 import json
 import pathlib
+import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gdro_jax import cli
 from gdro_jax.models import hf, qwen3
-from gdro_jax.training.export import export
+from gdro_jax.training.export import export, save_policy
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def test_a_run_is_exported_in_the_dtype_it_computes_in(run, tmp_path, tiny_folde
     out = export(str(folder), str(tmp_path / "out"))
     assert hf.stored_dtype(out) == "bfloat16"
     assert_equal(hf.load(out, "bfloat16"), model.arrays(), "bfloat16")
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1]
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 1
     assert (out / "tokenizer.json").read_bytes() == (tiny_folder / "tokenizer.json").read_bytes()
 
 
@@ -49,7 +52,7 @@ def test_transformers_opens_an_export_in_shards_with_every_tensor_equal(run, tmp
     assert len(list(out.glob("*.safetensors"))) > 2
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
     held, specs = theirs.state_dict(), qwen3.param_specs(model.config)
-    assert theirs.generation_config.eos_token_id == [1]
+    assert theirs.generation_config.eos_token_id == 1
     assert len(transformers.AutoTokenizer.from_pretrained(out)) <= model.config.vocab_size
     for name, array in model.arrays().items():
         for layer in range(model.config.num_layers if specs[name].stacked else 1):
@@ -91,3 +94,119 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, capsys) -> None:
         assert not (tmp_path / "out").exists()
     assert cli.main(["export", str(run[0]), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+
+
+def bad(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The one line with which an export is refused."""
+    assert cli.main(["export", *map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and printed.out == ""
+    return printed.err
+
+
+def test_the_ends_of_a_text_and_generation_settings_are_those_of_the_model(
+    configure, launch, tmp_path, tiny_folder
+) -> None:
+    """An id that config.json alone declares is kept, and a tokenizer from elsewhere brings no settings of its own."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(raw | {"eos_token_id": [1, 9]}))
+    (model / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.6}')
+    out = export(str(model), str(tmp_path / "out"))
+    wanted = {"eos_token_id": [1, 7, 9], "temperature": 0.6}
+    assert json.loads((out / "generation_config.json").read_text()) == wanted
+
+    elsewhere = shutil.copytree(tiny_folder, tmp_path / "tokenizer")
+    (elsewhere / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.1}')
+    trainer = launch(configure(f"model.path={model}", f"model.tokenizer={elsewhere}", "run.steps=1"))
+    trainer.save()
+    out = export(str(tmp_path / "run"), str(tmp_path / "of run"))
+    assert json.loads((out / "generation_config.json").read_text()) == wanted
+    save_policy(trainer._policy(), tmp_path / "saved", trainer.config.model, trainer.parts.policy.stop_tokens)
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == wanted
+
+
+def test_tensors_of_several_dtypes_are_changed_only_if_one_is_asked_for(tmp_path, tiny_folder, capsys) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {n: x if "norm" in n else x.astype(jnp.bfloat16) for n, x in tensors.items()}, model / "model.safetensors"
+    )
+    printed = bad(capsys, model, tmp_path / "out")
+    assert "norm.weight of F32" in printed and "of BF16" in printed and "give one with --dtype" in printed
+    assert not (tmp_path / "out").exists()
+    export(str(model), str(tmp_path / "out"), dtype="bfloat16")
+    assert hf.stored_dtype(tmp_path / "out") == "bfloat16"
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (np.nan, "float32"), (1e39, "bfloat16")])
+def test_numbers_that_are_not_finite_are_refused(value, dtype, tmp_path, tiny_folder, capsys) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(np.float64)
+    tensors[name][3, 5] = value
+    save_file(tensors, model / "model.safetensors")
+    printed = bad(capsys, model, tmp_path / "out", "--dtype", dtype)
+    assert f"{name}: 1 of {tensors[name].size} numbers are not finite in {dtype}" in printed
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_base_that_became_another_and_a_checkpoint_without_its_arrays_are_named(
+    configure, launch, tmp_path, tiny_folder, capsys
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    trainer = launch(configure(f"model.path={model}"))
+    trainer.save()
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": False}))
+    printed = bad(capsys, tmp_path / "run", tmp_path / "out")
+    assert "does not fit the config.json of the run's model: .learner.model.lm_head.value is missing" in printed
+    (model / "config.json").write_text(json.dumps(raw | {"intermediate_size": 40}))
+    assert "gate_proj.value is (2, 32, 48), not (2, 32, 40) and 2 more" in bad(capsys, tmp_path / "run", tmp_path / "o")
+    (model / "config.json").write_text(json.dumps(raw))
+    arrays = tmp_path / "run" / "checkpoints" / "0" / "arrays"
+    shutil.rmtree(arrays)
+    assert "holds no arrays" in bad(capsys, tmp_path / "run", tmp_path / "out")
+    arrays.mkdir()
+    assert "holds no arrays" in bad(capsys, tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_goes_parameter_by_parameter_on_the_host(run, tmp_path, monkeypatch) -> None:
+    """Nothing is put on a device; at most the parameter that was read before is still held."""
+    held: list[weakref.ref] = []
+    given = hf.refuse_not_finite
+
+    def one_at_a_time(config: qwen3.Qwen3Config, params):
+        for name, array in given(config, params):
+            assert isinstance(array, np.ndarray) and sum(ref() is not None for ref in held) <= 1
+            held.append(weakref.ref(array))
+            yield name, array
+            del array
+
+    monkeypatch.setattr(hf, "refuse_not_finite", one_at_a_time)
+    for name in ("device_put", "make_array_from_single_device_arrays"):
+        monkeypatch.setattr(jax, name, lambda *_, **__: pytest.fail("a parameter on a device"))
+    out = export(str(run[0]), str(tmp_path / "out"), max_file_bytes=1)
+    assert len(held) == len(run[1].arrays())
+    monkeypatch.undo()
+    assert_equal(hf.load(out, "bfloat16"), run[1].arrays(), "bfloat16")
+
+
+def test_what_adapters_make_is_rounded_to_the_dtype_asked_for_alone(configure, launch, tmp_path) -> None:
+    low = ("model.dtype=bfloat16", "model.lora_rank=2", "model.lora_alpha=4", "train.kl_coef=0")
+    trainer = launch(configure(*low, "run.steps=1"))
+    trainer.one_step()
+    trainer.save()
+    whole, half = (
+        hf.load(export(str(tmp_path / "run"), str(tmp_path / dtype), dtype=dtype), dtype).arrays()
+        for dtype in ("float32", "bfloat16")
+    )
+    assert_equal(qwen3.working(trainer._policy()), half, "bfloat16")
+    factors, base = trainer.state.learner.model.arrays, trainer.reference.arrays()
+    want = np.asarray(base["up_proj"], np.float32) + 2.0 * np.einsum(
+        "lir,lro->lio", np.asarray(factors["up_proj_a"]), np.asarray(factors["up_proj_b"])
+    )
+    np.testing.assert_allclose(whole["up_proj"], want, atol=1e-6)
+    assert np.abs(want - np.asarray(half["up_proj"], np.float32)).max() > 1e-6

@@ -58,7 +58,8 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(configure, launch, heldou
     whole = launch(configure(*SAMPLED, *heldout, "run.steps=6", output="whole"))
     assert train(whole)[-1]["step"] == 6
     first = list(whole.parts.train.tokens[0])
-    shown = f"{len(first)} tokens: {' '.join(map(str, first))}\n\n{whole.parts.policy.tokenizer.decode(first)}\n"
+    shown = f"{len(first)} tokens: {' '.join(map(str, first))}\n0 prompts dropped as too long\n\n"
+    shown += f"{whole.parts.policy.tokenizer.decode(first)}\n"
     assert (tmp_path / "whole" / "first_prompt.txt").read_text() == shown
     lines = logged(tmp_path / "whole")
     assert [line["step"] for line in lines] == list(range(7))

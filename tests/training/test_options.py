@@ -244,11 +244,28 @@ def test_overlong_prompts(configure, tmp_path, launch):
     rows = [{"prompt": "1" * n, "answer": "1"} for n in (2, 9, 4)]
     at = (f"data.train={problems_file(tmp_path, rows)}", "train.prompts_per_step=2")
     assert launch(configure(*at, output="free")).tokens.shape == (3, 9)
-    with pytest.raises(DataError, match="9 tokens, more than the 6 allowed"):
+    with pytest.raises(DataError, match="problem 1: its prompt has 9 tokens, more than the 6 allowed; raise"):
         setup.assemble(configure(*at, "data.max_prompt_tokens=6"))
+    with pytest.raises(DataError, match="9 tokens, more than the 3 allowed; so have 1 more; raise"):
+        setup.assemble(configure(*at, "data.max_prompt_tokens=3"))
     trainer = launch(configure(*at, "data.max_prompt_tokens=6", "data.overlong=drop"))
     assert trainer.tokens.shape == (2, 6)
-    assert "1 of 3 prompts dropped as too long" in trainer.parts.notes[0]
+    assert "1 of 3 prompts dropped as too long, above 6 tokens" in trainer.parts.notes[0]
+    shown = (trainer.folder / "first_prompt.txt").read_text().splitlines()
+    assert shown[1] == "1 prompts dropped as too long"
+
+
+def test_without_a_limit_the_model_s_positions_are_it(configure, tmp_path):
+    """128 positions: what the response leaves is dropped above, with no limit given; refused otherwise."""
+    rows = [{"prompt": "1" * n, "answer": "1"} for n in (2, 29, 28)]
+    at = (f"data.train={problems_file(tmp_path, rows)}", "train.prompts_per_step=2", "sampling.max_new_tokens=100")
+    parts = setup.assemble(configure(*at, "data.overlong=drop"))
+    assert [len(ids) for ids in parts.train.tokens] == [2, 28] and len(parts.train.dropped) == 1
+    assert setup.longest_prompt(configure(*at, "data.overlong=drop")) == 28
+    with pytest.raises(InputError, match="with prompts of up to 29 tokens that is 129 positions, the model has 128"):
+        setup.assemble(configure(*at))
+    with pytest.raises(InputError, match="with prompts of up to 1 tokens that is 129 positions"):
+        setup.assemble(configure(*at, "data.overlong=drop", "sampling.max_new_tokens=128"))
 
 
 def test_verifier_options(configure, monkeypatch):

@@ -345,5 +345,5 @@ def test_a_full_disk_of_process_0_ends_all_with_one_line(what, number, tmp_path,
         elif what == "batch":
             guard.keep(tmp_path, 1, case.batch)
         else:
-            run_folder.keep_first_prompt(tmp_path, [1], "one")
+            run_folder.keep_first_prompt(tmp_path, [1], "one", 0)
     assert isinstance(caught.value, commands.FAULTS) and isinstance(caught.value, commands.ENDS_ALIKE)
