@@ -20,8 +20,9 @@ from gdro_jax.evaluation.run import Graded
 from gdro_jax.models.checkpoint import INDEX_FILE
 from gdro_jax.sampling import Sampler, SamplingConfig
 from gdro_jax.training import inputs, setup
-from gdro_jax.training.config import Config
+from gdro_jax.training.config import Config, ModelConfig
 
+_NO_MATTER = ("slots", "segment")  # settings of the sampler that change time and memory, not what is drawn
 _SAMPLE_BLOCKS, _BLOCK = 64, 1 << 16
 
 
@@ -59,10 +60,12 @@ def evaluate(
     )
     asked = _asked(problems, names, folder, policy.tokenizer, config)
     sampling = config.eval_sampling(policy.stop_tokens)
-    setup.check_length(policy, [it.prompts for it in asked.values()], sampling.max_new_tokens, config)
-    settings = _settings(model, asked, sampling, config)
+    _check_length(policy, asked, sampling, config)
+    settings = _settings(model, asked, policy, sampling, config)
     place = None if out is None else setup.claim_folder(out, "--out")
-    if place is not None:
+    if place is None:
+        _say(["nothing is kept; --out FOLDER keeps every response, goes on after an interrupt, and can be compared"])
+    else:
         store.begin(place, settings, {name: (it.prompts.problems, it.private) for name, it in asked.items()})
     scores: dict[str, score.Score] = {}
     as_in_training: Mapping[str, Any] = {}
@@ -136,10 +139,12 @@ def _asked(
     out: dict[str, Asked] = {}
     for name in chosen:
         source = benchmarks.load(name, folder, on_bad_row=config.data.on_bad_row)
-        template = config.eval.template or "boxed"
-        ready, notes = inputs.ready(source.problems, template, tokenizer, config)
-        _say([*(f"{name}, line {row.line}: dropped, {row.reason}" for row in source.dropped), *notes])
         benchmark = benchmarks.BENCHMARKS[name]
+        with inputs.verifier(config, benchmark.verifier) as grader:  # no response to a row without an answer is sampled
+            problems, left_out = inputs.with_usable_answers(name, source, "drop", grader)
+        template = config.eval.template or "boxed"
+        ready, notes = inputs.ready(problems, template, tokenizer, config)
+        _say([*left_out, *notes])
         out[name] = Asked(ready, template, benchmark.verifier, benchmark.private)
     return out
 
@@ -149,16 +154,30 @@ def _say(notes: Sequence[str]) -> None:
         sys.stderr.write(note + "\n")
 
 
-def _settings(model: str, asked: dict[str, Asked], sampling: SamplingConfig, config: Config) -> dict[str, Any]:
+def _check_length(policy: setup.Policy, asked: dict[str, Asked], sampling: SamplingConfig, config: Config) -> None:
+    """Prompt and response together must have a position each, in every set."""
+    field = "sampling" if config.eval.max_new_tokens is None else "eval"
+    for name, it in asked.items():
+        longest = config.data.max_prompt_tokens or it.prompts.longest
+        needed, most = longest + sampling.max_new_tokens, policy.model.config.positions
+        if needed > most:
+            raise setup.InputError(
+                f"{field}.max_new_tokens={sampling.max_new_tokens}: {name} has prompts of up to {longest} tokens, "
+                f"together {needed} positions; the model has {most} (max_position_embeddings in its config.json)"
+            )
+
+
+def _settings(
+    model: str, asked: dict[str, Asked], policy: setup.Policy, sampling: SamplingConfig, config: Config
+) -> dict[str, Any]:
     return {
         "model": model,
         "weights": _weights(setup.model_folder(model), config),
         "seed": config.run.seed,
         "samples": config.eval.samples,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_new_tokens": sampling.max_new_tokens,
+        **{name: value for name, value in dataclasses.asdict(sampling).items() if name not in _NO_MATTER},
+        "dtype": config.model.dtype,
+        "tokenizer": _tokenizer(dataclasses.replace(config.model, path=model), policy),
         "sets": {
             name: {
                 "problems": len(it.prompts.problems),
@@ -170,6 +189,13 @@ def _settings(model: str, asked: dict[str, Asked], sampling: SamplingConfig, con
             for name, it in asked.items()
         },
     }
+
+
+def _tokenizer(config: ModelConfig, policy: setup.Policy) -> str:
+    """Tells tokenizers apart, chat templates too."""
+    digest = hashlib.sha256((setup.tokenizer_folder(config) / "tokenizer.json").read_bytes())
+    digest.update(str(policy.tokenizer.chat_template).encode())
+    return digest.hexdigest()[:16]
 
 
 def _weights(folder: pathlib.Path, config: Config) -> str:
