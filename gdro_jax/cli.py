@@ -32,6 +32,10 @@ _UNUSED = {  # sections and fields that a command does not look at: giving one i
         *(f"eval.{n}" for n in ("data", "every", "problems_per_stratum")),
     ),
 }
+_UNUSED_BY_BENCHMARKS = (  # each has its own columns, verifier and answers, none has training's summary
+    *(f"data.{n}" for n in ("verifier", "gold_check", "template", "prompt_column", "answer_column", "stratum_column")),
+    "eval.k",
+)
 _USED = {"regrade": ("data.verifier_workers", "data.verifier_timeout", "data.max_unscorable")}  # and nothing else
 _WITHOUT_FIELDS = ("report", "export", "compare-evals")
 
@@ -88,13 +92,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"--{name} does nothing in gdro {known.command}")
         if known.command in ("train", "compare"):
             return _train(parser, known, overrides)
+        names = [name for name in (getattr(known, "benchmarks", None) or "").split(",") if name]
+        for name, _ in overrides if names else ():
+            if name in _UNUSED_BY_BENCHMARKS:
+                parser.error(f"--{name} does nothing in gdro eval --benchmarks")
+        if names:  # what is reported has every k; this one is not to be in the way of few samples
+            overrides = [*overrides, ("eval.k", "1")]
         config = load(known.config, overrides)
         if known.command == "regrade":
             eval_commands.regrade(known.folder, config)
             return DONE
         if known.command == "plan":
             return DONE if commands.plan(config, known.topology) else FAULT
-        names = [name for name in (known.benchmarks or "").split(",") if name]
         if (known.problems is None) == (not names):
             parser.error("eval: either a file of problems or --benchmarks is needed")
         if known.benchmark_folder is not None and not names:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
@@ -16,10 +17,14 @@ from gdro_jax import evaluation, rewards
 from gdro_jax.data import benchmarks, prompts
 from gdro_jax.evaluation import compare, run, score, store, tables
 from gdro_jax.evaluation.run import Graded
+from gdro_jax.models import qwen3
 from gdro_jax.models.checkpoint import digest
 from gdro_jax.sampling import SamplingConfig
 from gdro_jax.training import engines, inputs, setup
-from gdro_jax.training.config import Config
+from gdro_jax.training.config import Config, ModelConfig
+
+# Settings of the sampler that change time and memory, not what is drawn beyond rounding.
+_NO_MATTER = ("slots", "segment", "cache", "page_tokens", "cache_tokens")
 
 
 class Asked(NamedTuple):
@@ -55,10 +60,12 @@ def evaluate(
     seen = setup.outline(wanted)
     asked = _asked(problems, names, folder, seen, config)
     sampling = config.eval_sampling(seen.stop_tokens)
-    setup.check_length(seen.architecture, [it.prompts for it in asked.values()], sampling.max_new_tokens, config)
-    settings = _settings(model, asked, sampling, config)
+    _check_length(seen.architecture, asked, sampling, config)
+    settings = _settings(model, asked, seen, sampling, config)
     place = None if out is None else setup.claim_folder(out, "--out")
-    if place is not None:
+    if place is None:
+        _say(["nothing is kept; --out FOLDER keeps every response, goes on after an interrupt, and can be compared"])
+    else:
         store.begin(place, settings, {name: (it.prompts.problems, it.private) for name, it in asked.items()})
     policy = setup.load_policy(wanted, seen=seen)
     scores: dict[str, score.Score] = {}
@@ -135,10 +142,12 @@ def _asked(
     out: dict[str, Asked] = {}
     for name in chosen:
         source = benchmarks.load(name, folder, on_bad_row=config.data.on_bad_row)
-        template = config.eval.template or "boxed"
-        ready, notes = inputs.ready(source.problems, template, tokenizer, config, most)
-        _say([*(f"{name}, line {row.line}: dropped, {row.reason}" for row in source.dropped), *notes])
         benchmark = benchmarks.BENCHMARKS[name]
+        with inputs.verifier(config, benchmark.verifier) as grader:  # no response to a row without an answer is sampled
+            usable, left_out = inputs.with_usable_answers(name, source, "drop", grader)
+        template = config.eval.template or "boxed"
+        ready, notes = inputs.ready(usable, template, tokenizer, config, most)
+        _say([*left_out, *notes])
         out[name] = Asked(ready, template, benchmark.verifier, benchmark.private)
     return out
 
@@ -148,16 +157,30 @@ def _say(notes: Sequence[str]) -> None:
         sys.stderr.write(note + "\n")
 
 
-def _settings(model: str, asked: dict[str, Asked], sampling: SamplingConfig, config: Config) -> dict[str, Any]:
+def _check_length(model: qwen3.Qwen3Config, asked: dict[str, Asked], sampling: SamplingConfig, config: Config) -> None:
+    """Prompt and response together must have a position each, in every set."""
+    field = "sampling" if config.eval.max_new_tokens is None else "eval"
+    for name, it in asked.items():
+        longest = config.data.max_prompt_tokens or it.prompts.longest
+        needed, most = longest + sampling.max_new_tokens, model.positions
+        if needed > most:
+            raise setup.InputError(
+                f"{field}.max_new_tokens={sampling.max_new_tokens}: {name} has prompts of up to {longest} tokens, "
+                f"together {needed} positions; the model has {most} (max_position_embeddings in its config.json)"
+            )
+
+
+def _settings(
+    model: str, asked: dict[str, Asked], seen: setup.Outline, sampling: SamplingConfig, config: Config
+) -> dict[str, Any]:
     return {
         "model": model,
         "weights": digest(setup.model_folder(model), f"{config.model.dtype} {config.model.random_init}"),
         "seed": config.run.seed,
         "samples": config.eval.samples,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_new_tokens": sampling.max_new_tokens,
+        **{name: value for name, value in dataclasses.asdict(sampling).items() if name not in _NO_MATTER},
+        "dtype": config.model.dtype,
+        "tokenizer": _tokenizer(dataclasses.replace(config.model, path=model), seen),
         "sets": {
             name: {
                 "problems": len(it.prompts.problems),
@@ -170,6 +193,13 @@ def _settings(model: str, asked: dict[str, Asked], sampling: SamplingConfig, con
             for name, it in asked.items()
         },
     }
+
+
+def _tokenizer(config: ModelConfig, seen: setup.Outline) -> str:
+    """Tells tokenizers apart, chat templates too."""
+    found = hashlib.sha256((setup.tokenizer_folder(config) / "tokenizer.json").read_bytes())
+    found.update(str(seen.tokenizer.chat_template).encode())
+    return found.hexdigest()[:16]
 
 
 def _sample(

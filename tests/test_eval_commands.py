@@ -10,7 +10,6 @@ from gdro_jax.evaluation import metrics, store
 
 SETTINGS = (
     "--eval.samples=4",
-    "--eval.k=2",
     "--eval.max_new_tokens=4",
     "--eval.temperature=1.0",
     "--eval.template=plain",
@@ -139,6 +138,52 @@ def test_compare_evals(evaluated, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--eval.min_p=0.1", "--eval.min_new_tokens=2"], "min_new_tokens, min_p"),
+        (["--sampling.cache_dtype=int8", "--model.dtype=bfloat16"], "cache_dtype, dtype"),
+    ],
+)
+def test_whatever_changes_what_is_drawn_is_kept_and_compared(options, named, folder, evaluated, tmp_path, capsys):
+    asked = ("--benchmarks", "math500", "--benchmark-folder", folder, *SETTINGS)
+    assert invoke("eval", "embedded", *asked, "--out", tmp_path / "first") == 0
+    begun = json.loads((tmp_path / "first" / "settings.json").read_text())
+    assert begun["stop_tokens"] and len(begun["tokenizer"]) == 16 and not {"slots", "segment"} & set(begun)
+    assert invoke("eval", "embedded", *asked, "--sampling.segment=3", "--out", tmp_path / "first") == 0
+    capsys.readouterr()
+    assert invoke("eval", "embedded", *asked, *options, "--out", tmp_path / "first") == 2
+    assert f"was begun with another {named}" in capsys.readouterr().err
+    assert invoke("eval", "embedded", *asked, *options, "--out", tmp_path / "second") == 0
+    assert invoke("compare-evals", tmp_path / "first", tmp_path / "second") == 2
+    assert f"its {named} differ from those of" in capsys.readouterr().err
+
+
+def test_gold_answers_are_checked_before_anything_is_sampled_and_what_is_not_kept_is_said(tmp_path, capsys):
+    rows = [{"problem": f"{n}+{n}=", "answer": "\\frac{1}{" if n == 1 else str(2 * n)} for n in range(3)]
+    (tmp_path / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--benchmarks", "math500", "--benchmark-folder", tmp_path, *SETTINGS)
+    assert invoke("eval", "embedded", *asked) == 0
+    said = capsys.readouterr().err
+    assert "math500, line 2: its answer cannot be graded, the gold answer does not parse; dropped" in said
+    assert "2/2 problems" in said and "nothing is kept; --out FOLDER keeps" in said
+
+
+@pytest.mark.parametrize("name", ["data.verifier", "data.gold_check", "data.template", "data.answer_column", "eval.k"])
+def test_what_does_nothing_with_benchmarks_is_refused(name, folder, capsys):
+    asked = ("--benchmarks", "math500", "--benchmark-folder", folder)
+    assert invoke("eval", "embedded", *asked, f"--{name}=2" if name == "eval.k" else f"--{name}=math") == 2
+    assert f"--{name} does nothing in gdro eval --benchmarks" in capsys.readouterr().err
+
+
+def test_a_response_that_is_too_long_names_its_field_and_the_set(folder, capsys):
+    asked = ("--benchmarks", "math500", "--benchmark-folder", folder)
+    assert invoke("eval", "embedded", *asked, "--eval.max_new_tokens=100000") == 2
+    assert "eval.max_new_tokens=100000: math500 has prompts of up to" in capsys.readouterr().err
+    assert invoke("eval", "embedded", *asked, "--sampling.max_new_tokens=100000") == 2
+    assert "sampling.max_new_tokens=100000: math500 has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [({"samples": 8}, "samples"), ({"temperature": 0.6}, "temperature"), ({"sets": {}}, "sets.gpqa, sets.math500")],
 )
@@ -158,7 +203,7 @@ def test_nothing_of_a_private_benchmark_is_written_or_printed(evaluated, capsys)
     place = evaluated[0] / "one"
     for file in place.glob("*"):
         if file.suffix in (".json", ".txt") or file.name == "gpqa.problems.jsonl":
-            assert "99999" not in file.read_text()
+            assert "99999" not in file.read_text(), file.name
     assert [p.prompt for p in store.read(place).problems["gpqa"]] == ["", ""]
     assert len(read(place, "gpqa")) == 8
 

@@ -2,9 +2,11 @@
 
 Usage: python experiments/benchmarks/hostile.py [--timeout 1] > experiments/benchmarks/results/hostile.json
 
-Each string is graded among four ordinary right answers, by two workers, off the main thread. One line of JSON: seconds
-of the longest hostile row beside the deadline, how many were wrong and how many unscorable and why, and the rate of the
-same ordinary rows alone and among the hostile ones.
+Each string is graded among four ordinary right answers that a worker has to be asked about, by two workers, off the
+main thread. One line of JSON: seconds of the longest hostile row beside the deadline, how many were wrong and how many
+unscorable and why; the rate of the ordinary rows alone; the seconds that all take together, at two densities, beside
+those that two workers need for the hostile rows and the ordinary ones if nothing else is lost; and the peak memory of a
+worker that is given a memory bomb.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 from gdro_jax.rewards.math_verifier import MathVerifier
 from gdro_jax.rewards.verifier import Grades
@@ -37,6 +40,7 @@ HOSTILE = {
     "factorial of a power": box("(10^9)!"),
     "wide power": box("(x+y+z+w+1)^{300}"),
     "huge power of two": box("2^{2^{40}}"),
+    "memory bomb": box("2^{2^{34}}"),
     "huge negative power": box("2^{-2^{40}}"),
     "root of a tower": box("\\sqrt[3]{10^{10^{12}}}"),
     "large binomial": box("\\binom{1000000000}{500000000}"),
@@ -106,14 +110,14 @@ HOSTILE = {
 
 
 def ordinary(count: int) -> list[str]:
-    """Right answers, none of which is the same string as another."""
-    return [box(f"\\frac{{{5 * (n + 1)}}}{{{n + 1}}}") for n in range(count)]
+    """Right answers to 5, none of which is the same string as another, or can be graded without a worker."""
+    return [box(f"\\sqrt{{25+0\\cdot {n}}}") for n in range(count)]
 
 
-def mixed() -> list[str]:
-    """Every hostile string followed by four ordinary ones."""
-    right = ordinary(4 * len(HOSTILE))
-    return [text for n, bad in enumerate(HOSTILE.values()) for text in (bad, *right[4 * n : 4 * n + 4])]
+def mixed(each: int = 4) -> list[str]:
+    """Every hostile string followed by so many ordinary ones."""
+    right = ordinary(each * len(HOSTILE))
+    return [text for n, bad in enumerate(HOSTILE.values()) for text in (bad, *right[each * n : each * (n + 1)])]
 
 
 def grade_off_the_main_thread(verifier: MathVerifier, rows: list[str]) -> tuple[Grades, float]:
@@ -134,6 +138,17 @@ def grade_off_the_main_thread(verifier: MathVerifier, rows: list[str]) -> tuple[
 SETTLE = 3.0  # seconds that a new worker takes to be ready, and more
 
 
+def memory_bomb() -> dict[str, object]:
+    """How a worker that may use 384 MiB takes a power that needs 2 GiB."""
+    with MathVerifier(workers=1, timeout=120.0, memory_mb=384) as verifier:
+        verifier.grade(ordinary(1), ["5"])
+        pid = verifier._pool._workers[0].process.pid
+        grades = verifier.grade([HOSTILE["memory bomb"]], ["5"])
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmPeak"))
+    return {"limit_mib": 384, "peak_mib": peak >> 10, "reason": grades.reasons[0]}
+
+
 def kind(reason: str) -> str:
     """A reason without its numbers."""
     return "".join("n" if char.isdigit() else char for char in reason)
@@ -152,8 +167,20 @@ def main() -> None:
             slowest[name] = grade_off_the_main_thread(verifier, [text])[1]
             if slowest[name] >= timeout:
                 time.sleep(SETTLE)  # the next string is not to pay for the start of this one's new worker
-        verifier.grade(ordinary(4), ["5"] * 4)
-        grades, seconds = grade_off_the_main_thread(verifier, mixed())
+        together = []
+        for each in (49, 4):
+            verifier.grade(ordinary(4), ["5"] * 4)
+            time.sleep(SETTLE)
+            grades, seconds = grade_off_the_main_thread(verifier, mixed(each))
+            rows = each * len(HOSTILE)
+            together.append(
+                {
+                    "ordinary": rows,
+                    "right": int(grades.scores.sum()),
+                    "seconds": round(seconds, 1),
+                    "seconds_if_nothing_is_lost": round(sum(slowest.values()) / 2 + rows / alone, 1),
+                }
+            )
     hostile = range(0, len(HOSTILE) * 5, 5)
     worst = max(slowest, key=lambda name: slowest[name])
     out = {
@@ -164,9 +191,9 @@ def main() -> None:
         "deadline": timeout,
         "slowest_string": worst,
         "slowest_seconds": round(slowest[worst], 2),
-        "ordinary_right": int(grades.scores.sum()),
         "ordinary_per_second_alone": round(alone, 1),
-        "seconds_together": round(seconds, 1),
+        "together": together,
+        "memory_bomb": memory_bomb(),
     }
     print(json.dumps(out))
 

@@ -39,6 +39,12 @@ class Benchmark:
     verifier: str = "math"
     private: bool = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its file may be called: its JSON-lines files may be parquet as well."""
+        lines = [file for file in self.files if file.endswith(".jsonl")]
+        return (*self.files, *(file.removesuffix(".jsonl") + ".parquet" for file in lines))
+
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
     {
@@ -78,7 +84,7 @@ def find(name: str, folder: str | Path) -> Path:
         close = get_close_matches(name, BENCHMARKS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise DataError(f"benchmark {name!r} is unknown; it must be one of {', '.join(BENCHMARKS)}{hint}")
-    files = [Path(folder) / file for file in BENCHMARKS[name].files]
+    files = [Path(folder) / file for file in BENCHMARKS[name].names]
     for file in files:
         if file.is_file():
             return file
@@ -89,7 +95,7 @@ def find(name: str, folder: str | Path) -> Path:
 
 def present(folder: str | Path) -> tuple[str, ...]:
     """Names of the benchmarks of which the folder holds a file."""
-    return tuple(name for name, it in BENCHMARKS.items() if any((Path(folder) / file).is_file() for file in it.files))
+    return tuple(name for name, it in BENCHMARKS.items() if any((Path(folder) / file).is_file() for file in it.names))
 
 
 def load(name: str, folder: str | Path, *, on_bad_row: str = "refuse") -> Source:
@@ -159,7 +165,7 @@ def _lettered(row: Mapping[str, object] | None, benchmark: Benchmark) -> Problem
     subject = row.get("High-level domain") or row.get("Subdomain") or ""
     subject = subject if isinstance(subject, str) else ""
     prompt = f"{question}\n{listed}\nAnswer with the letter of the right option."
-    return Problem(0, prompt, answer, subject or sources.NO_STRATUM, "", subject)
+    return Problem(0, prompt, answer, subject or sources.NO_STRATUM, "", subject, bare=question)
 
 
 def _mark(question: str, option: str) -> bytes:

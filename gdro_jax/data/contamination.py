@@ -45,7 +45,7 @@ def find(train: Sequence[Problem], evaluation: Mapping[str, Sequence[Problem]]) 
 
     A problem is listed once for each set, under the first problem that it is the same as, else overlaps most.
     """
-    texts = [words(problem.prompt) for problem in train]
+    texts = [words(problem.bare or problem.prompt) for problem in train]
     found = list(_duplicates(train, texts))
     for name, problems in evaluation.items():
         found += _overlaps(train, texts, name, problems)
@@ -65,7 +65,7 @@ def _overlaps(
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     runs: dict[int, int] = {}
     for problem in problems:
-        text = words(problem.prompt)
+        text = words(problem.bare or problem.prompt)  # as it may stand in a training set, without options
         whole.setdefault(text, problem.id)
         mine = _runs(text)
         runs[problem.id] = len(mine)

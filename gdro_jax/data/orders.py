@@ -2,6 +2,8 @@
 
 `builtin` is `prompts.order`, in which the shipped runs were made. `grain` is the maintained loader of that name, and
 the only one that mixes several sets: every step holds each set's share exactly, each set in shuffled epochs of its own.
+Every process holds all problems and computes the same order, so nothing is exchanged or saved; the rows of a step are
+sharded over the processes by the mesh.
 """
 
 import zlib
@@ -40,13 +42,6 @@ def make(loader: str, seed: int, parts: Sequence[Sequence[int]], shares: Sequenc
         raise ValueError("loader: 'builtin' takes one set; mix several with 'grain'")
     size = len(parts[0])
     return lambda position: prompts.order(seed, position, size, per_step)
-
-
-def shard(ids: NDArray[np.int32], process: int, processes: int) -> NDArray[np.int32]:
-    """One process's part of a step's ids; those of all processes are the step, and of a mixture each gets a mixture."""
-    if not 0 <= process < processes:
-        raise ValueError(f"process: {process!r} is not allowed; it must be in 0..{processes - 1}")
-    return ids[process::processes]
 
 
 def split(per_step: int, shares: Sequence[float], sizes: Sequence[int]) -> list[int]:

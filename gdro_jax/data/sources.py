@@ -16,7 +16,7 @@ from gdro_jax.data.files import Bad, DataError, show
 from gdro_jax.rewards.boxed import AnswerTooLong, last_boxed
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "final_answer", "solution", "reward_model.ground_truth")
+ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")
 SUBJECT_COLUMNS = ("subject", "type", "subfield")
 STRATUM_COLUMNS = ("stratum", "level", *SUBJECT_COLUMNS)
 NO_STRATUM = "all"
@@ -25,6 +25,15 @@ UNKNOWN_STRATUM = "unknown"
 """Stratum of a row that lacks the column which the other rows have."""
 MAX_BARE_SOLUTION = 64
 """A one-line solution up to this many characters is an answer in itself (the DAPO set is published so)."""
+
+DAPO = "math_dapo"
+"""What the original DAPO set writes in ``data_source``. It holds each prompt many times, between the two texts below,
+which ask for another form of answer than this package's templates do."""
+_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _DOLLAR = re.compile(r"(?<!\\)\$")
@@ -45,6 +54,8 @@ class Problem:
     """Where its file has it, 1-based; 0 for none."""
     part: int = field(default=0, compare=False)
     """Which set of a mixture it is from."""
+    bare: str = field(default="", compare=False)
+    """The question alone where the prompt adds to it, such as options; empty where it does not."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,8 @@ class Source:
 
     problems: tuple[Problem, ...]
     dropped: tuple[BadRow, ...]
+    repeated: int = 0
+    """Rows that were left out because they repeat an earlier one."""
 
 
 def load(
@@ -103,6 +116,8 @@ def load(
     subject_key = next((name for name in SUBJECT_COLUMNS if any(_get(row, name) is not None for row in objects)), None)
     problems: list[Problem] = []
     dropped: list[BadRow] = []
+    seen: set[tuple[str, str]] = set()
+    repeated = 0
     for line, row in rows:
         try:
             if isinstance(row, Bad):
@@ -113,6 +128,12 @@ def load(
                 answer += f" within {_text(row, tolerance_column, _tolerance)}"
             stratum = _stratum(row, stratum_key, required=stratum_column is not None)
             level, subject = _label(row, "level"), _label(row, subject_key)
+            if row.get("data_source") == DAPO:
+                prompt = _unwrapped(prompt)
+                if (prompt, answer) in seen:
+                    repeated += 1
+                    continue
+                seen.add((prompt, answer))
         except Bad as bad:
             if on_bad_row == "refuse":
                 raise DataError(f"{where}, line {line}: {bad}") from None
@@ -121,7 +142,7 @@ def load(
             problems.append(Problem(len(problems), prompt, answer, stratum, level, subject, line))
     if not problems:
         raise DataError(f"{where}: none of its {len(rows)} rows is usable; line {dropped[0].line}: {dropped[0].reason}")
-    return Source(tuple(problems), tuple(dropped))
+    return Source(tuple(problems), tuple(dropped), repeated)
 
 
 def _read_rows(rows: Sequence[object]) -> Iterator[tuple[int, Mapping[str, object] | Bad]]:
@@ -165,11 +186,26 @@ def _stratum_column(rows: Sequence[Mapping[str, object]], asked: str | None, whe
 
 # Values -------------------------------------------------------------------------------------------------------------
 def _prompt(value: object) -> str:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")  # a one-message conversation, as some sets are published
+    if isinstance(value, list):  # a conversation, as some sets are published
+        value = _conversation(value)
     if not isinstance(value, str) or not value.strip():
         raise Bad(f"is {show(value)}; a non-empty string is needed")
     return _encodable(value)
+
+
+def _conversation(turns: Sequence[object]) -> object:
+    """The text of a user's turn, behind the system's if there is one; the turns themselves if they are others."""
+    said = [(turn.get("role"), turn.get("content")) for turn in turns if isinstance(turn, dict)]
+    texts = [text for _, text in said if isinstance(text, str)]
+    if len(texts) != len(turns) or (len(texts) > 1 and [role for role, _ in said] != ["system", "user"]):
+        return turns
+    return "\n\n".join(texts)
+
+
+def _unwrapped(prompt: str) -> str:
+    text = prompt.strip()
+    wrapped = text.startswith(_BEFORE) and text.endswith(_AFTER)
+    return text[len(_BEFORE) : -len(_AFTER)].strip() if wrapped else prompt
 
 
 def _answer(value: object) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+LARGEST_TARGET = 10**12 - 1
+"""Of countdown, whose checker reads twelve digits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -145,7 +148,8 @@ def countdown(rng: random.Random, numbers: int, digits: int) -> tuple[str, str]:
     used = rng.sample(given, rng.randrange(2, numbers + 2))
     target = used[0]
     for number in used[1:]:
-        target = {"+": target + number, "-": target - number, "*": target * number}[rng.choice("+-*")]
+        made = {"+": target + number, "-": target - number, "*": target * number}[rng.choice("+-*")]
+        target = made if abs(made) <= LARGEST_TARGET else target - number if target > 0 else target + number
     return f"make {target} of {' '.join(map(str, given))}:", f"countdown({','.join(map(str, given))})={target}"
 
 

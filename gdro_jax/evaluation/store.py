@@ -51,7 +51,9 @@ def begin(
         return
     for name, (problems, private) in sets.items():
         rows = [dataclasses.asdict(problem) for problem in problems]
-        write_rows(folder / f"{name}.problems.jsonl", [row | {"prompt": None} if private else row for row in rows])
+        write_rows(
+            folder / f"{name}.problems.jsonl", [row | {"prompt": None, "bare": ""} if private else row for row in rows]
+        )
     _replace(file, json.dumps(wanted, indent=2) + "\n")
 
 

@@ -7,6 +7,9 @@ from matplotlib.figure import Figure
 
 from gdro_jax.evaluation.score import Score, Value
 
+BARS = 24
+"""Most bars of a figure."""
+
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#555555")
 
 
@@ -81,7 +84,9 @@ def draw(scores: Mapping[str, Score], file: pathlib.Path) -> None:
         for name, score in scores.items()
         for groups in score["strata"].values()
         for label, group in groups.items()
-    ][:24]
+    ]
+    of_all = f" (the first {BARS} of {len(rows)} levels and subjects)" if len(rows) > BARS else ""
+    rows = rows[:BARS]
     places = range(len(rows))
     means = [value["value"] for _, value in rows]
     spread = [[m - v["low"] for m, (_, v) in zip(means, rows, strict=True)],
@@ -89,5 +94,5 @@ def draw(scores: Mapping[str, Score], file: pathlib.Path) -> None:
     bars.barh(places, means, xerr=spread, color="#9ecae1", ecolor="#333333", capsize=2)
     bars.set_yticks(list(places), [label[:44] for label, _ in rows], fontsize=7)
     bars.invert_yaxis()
-    bars.set(xlabel="mean accuracy", xlim=(0, 1))
+    bars.set(xlabel=f"mean accuracy{of_all}", xlim=(0, 1))
     figure.savefig(file, dpi=130)

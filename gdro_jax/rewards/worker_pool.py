@@ -1,4 +1,4 @@
-"""Worker processes with a deadline for each job: killed and replaced when it passes, or when they die.
+"""Worker processes with a deadline for each job: killed and replaced when it passes, or when they die; a spare is kept.
 
 One loop waits on the pipes of all workers. There are no threads and no signals; the processes are started afresh, not
 forked with this process's state, and end when their input does.
@@ -74,8 +74,9 @@ class WorkerPool:
         self._failed_starts = 0
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
         self._workers: list[_Worker] = []
+        self._spares: list[_Worker] = []  # started with the first loss: another one waits for no imports
         self._closed = False
-        self._finalizer = weakref.finalize(self, _kill_all, self._workers)
+        self._finalizer = weakref.finalize(self, _kill_all, self._workers, self._spares)
         for _ in range(workers):
             self._workers.append(self._start())
 
@@ -181,7 +182,8 @@ class WorkerPool:
 
     def _replace(self, worker: _Worker) -> None:
         _kill(worker)
-        self._workers[self._workers.index(worker)] = self._start()
+        self._workers[self._workers.index(worker)] = self._spares.pop() if self._spares else self._start()
+        self._spares.append(self._start())
 
     def _failed_start(self, what: str) -> None:
         self._failed_starts += 1
@@ -199,7 +201,8 @@ def _kill(worker: _Worker) -> None:
             pipe.close()
 
 
-def _kill_all(workers: list[_Worker]) -> None:
-    for worker in workers:
-        _kill(worker)
-    workers.clear()
+def _kill_all(*groups: list[_Worker]) -> None:
+    for workers in groups:
+        for worker in workers:
+            _kill(worker)
+        workers.clear()

@@ -62,7 +62,7 @@ def checked(name: str, split: str, config: Config, grader: rewards.Verifier) -> 
         stratum_column=config.data.stratum_column,
         on_bad_row=config.data.on_bad_row,
     )
-    problems, notes = _with_usable_answers(name, source, config.data.gold_check, grader)
+    problems, notes = with_usable_answers(name, source, config.data.gold_check, grader)
     return problems, [*notes, *_tried(grader, config.data.verifier, problems)]
 
 
@@ -108,10 +108,17 @@ def _tried(grader: rewards.Verifier, name: str, problems: Sequence[Problem]) -> 
     return [f"data.verifier={name}: {gave_up} ({reason})" for reason in grades.failures]
 
 
-def _with_usable_answers(
+def with_usable_answers(
     name: str, source: Source, choice: str | None, grader: rewards.Verifier
 ) -> tuple[tuple[Problem, ...], list[str]]:
+    """Problems whose gold answers can be graded, and a line for each row that is left out.
+
+    Raises:
+      DataError: a gold answer that cannot be graded under `refuse`, or none that can.
+    """
     notes = [f"{name}, line {row.line}: dropped, {row.reason}" for row in source.dropped]
+    if source.repeated:
+        notes.append(f"{name}: {source.repeated} rows that repeat an earlier one left out")
     bad = {} if choice is None else grader.check(problem.answer for problem in source.problems)
     lines = [
         f"{name}, line {source.problems[row].line}: its answer cannot be graded, {why}" for row, why in bad.items()
@@ -133,6 +140,7 @@ def _uncontaminated(
 ) -> tuple[list[Problem], list[str]]:
     """The training problems that stay, and what was found."""
     against: dict[str, Sequence[Problem]] = {}
+    notes: list[str] = []
     if heldout is not None:
         against[str(config.eval.data)] = heldout
     folder = config.data.benchmarks
@@ -143,13 +151,16 @@ def _uncontaminated(
                 f"data.benchmarks={folder!r}: holds no benchmark; known: {', '.join(benchmarks.BENCHMARKS)}"
             )
         against |= {name: benchmarks.load(name, folder, on_bad_row="drop").problems for name in present}
+    elif not all(name == "embedded" or name.startswith(tasks.PREFIX) for name in names):
+        notes.append("data.benchmarks is null: overlaps with benchmarks are not looked for")
     found = contamination.find(train, against)
     if config.eval.data in names:  # evaluation on the training set itself is asked for, and no news
         found = [it for it in found if it.where != config.eval.data]
     choice = config.data.contamination
-    notes = _notes(found, train, against, names, dropped=choice == "drop")
+    said = _notes(found, train, against, names, dropped=choice == "drop")
+    notes += said
     if found and choice == "refuse":
-        raise DataError(f"{notes[0]}; data.contamination=drop leaves such problems out, report only says so")
+        raise DataError(f"{said[0]}; data.contamination=drop leaves such problems out, report only says so")
     if choice == "drop":
         gone = {it.problem for it in found}
         train = [replace(p, id=n) for n, p in enumerate(p for p in train if p.id not in gone)]

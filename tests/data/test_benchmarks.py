@@ -5,7 +5,9 @@ import json
 import os
 import pathlib
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from gdro_jax.data import benchmarks, sources
 from gdro_jax.data.sources import DataError
@@ -58,6 +60,13 @@ def test_a_publishers_row(name, tmp_path):
     assert benchmarks.present(tmp_path) == (name,)
 
 
+@pytest.mark.parametrize("name", ["math500", "gpqa"])
+def test_benchmarks_may_be_parquet(name, tmp_path):
+    row = gpqa_row(0) if name == "gpqa" else ROWS[name][0]
+    parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / f"{name}.parquet")
+    assert benchmarks.present(tmp_path) == (name,) and len(benchmarks.load(name, tmp_path).problems) == 2
+
+
 def test_a_published_error_becomes_a_tolerance(tmp_path):
     row = ROWS["olympiadbench"][0] | {"final_answer": ["4.2"], "unit": "%", "error": "1e-1"}
     write(tmp_path, "olympiadbench", row)
@@ -100,6 +109,7 @@ def test_gpqa_from_a_csv_or_jsonl_of_the_users(tmp_path):
     assert len(problems) == 40 and {p.subject for p in problems} == {"Physics"}
     for number, problem in enumerate(problems):
         assert problem.id == number and f"\n{problem.answer}. right {number}\n" in problem.prompt
+    assert [p.bare for p in problems] == [f"secret question {i}" for i in range(40)]
     letters = [p.answer for p in problems]
     assert {letters.count(letter) for letter in "ABCD"} <= set(range(3, 20))  # no letter is favoured
     (tmp_path / "gpqa_diamond.csv").unlink()

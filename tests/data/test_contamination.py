@@ -32,6 +32,13 @@ def test_overlaps_with_evaluation_sets_are_named():
     ]
 
 
+def test_a_question_with_options_is_found_without_them():
+    asked = Problem(0, f"{LONG}\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer with the letter.", "B", "s", bare=LONG)
+    short = Problem(1, "What is spin?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer with the letter.", "B", "s", bare="What is spin?")
+    found = contamination.find(problems(LONG, "what is spin?"), {"bench": [asked, short]})
+    assert found == [Overlap(0, 0, "bench", True), Overlap(1, 1, "bench", True)]
+
+
 def test_a_shared_instruction_is_no_overlap():
     tail = "The answer is in the form m/n where m and n are relatively prime positive integers, please give m + n."
     train = problems(

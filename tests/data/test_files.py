@@ -24,19 +24,42 @@ PROCESSED = [
     }
     for n in range(3)
 ]
+WRAPPER = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n%s\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
 ORIGINAL = [
-    {"prompt": row["source_prompt"], **{k: row[k] for k in ("data_source", "ability", "reward_model", "extra_info")}}
-    for row in PROCESSED
+    {
+        "data_source": "math_dapo",
+        "prompt": [{"content": WRAPPER % f"What is {n} + {n}?", "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": str(2 * n), "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": f"id-{n}-{copy}"},
+    }
+    for copy in range(100)
+    for n in range(3)
 ]
 
 
-@pytest.mark.parametrize(("rows", "prompt"), [(PROCESSED, "What is 2 + 2?"), (ORIGINAL, "Solve step by step. What")])
-def test_dapo_as_its_publishers_wrote_it(rows, prompt, tmp_path):
+@pytest.mark.parametrize(("rows", "repeated"), [(PROCESSED, 0), (ORIGINAL, 297)])
+def test_dapo_as_its_publishers_wrote_it(rows, repeated, tmp_path):
+    """The original set's own instructions, which ask for another form of answer, and its copies are left out."""
     file = tmp_path / "train-00000-of-00001.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    problems = sources.load(file).problems
-    assert [p.id for p in problems] == [0, 1, 2] and [p.answer for p in problems] == ["0", "2", "4"]
-    assert problems[2].prompt.startswith(prompt) and problems[2].line == 3
+    found = sources.load(file)
+    assert [p.id for p in found.problems] == [0, 1, 2] and [p.answer for p in found.problems] == ["0", "2", "4"]
+    assert [p.prompt for p in found.problems] == [f"What is {n} + {n}?" for n in range(3)]
+    assert found.problems[2].line == 3 and found.repeated == repeated and found.dropped == ()
+
+
+def test_only_the_publishers_own_words_are_taken_off():
+    rows = [row | {"data_source": "mine"} for row in ORIGINAL[:3]] + [ORIGINAL[0] | {"prompt": "Solve this. Answer: x"}]
+    found = sources.load(rows)
+    assert (
+        found.problems[0].prompt == WRAPPER % "What is 0 + 0?" and found.problems[3].prompt == "Solve this. Answer: x"
+    )
+    assert found.repeated == 0
 
 
 def test_a_file_on_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):

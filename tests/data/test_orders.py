@@ -39,14 +39,6 @@ def test_the_grain_order_is_pinned_so_that_another_version_of_it_is_noticed():
     assert orders.make("grain", 0, [range(8)], [1.0], 8)(0).tolist() == [4, 5, 1, 7, 0, 6, 2, 3]
 
 
-def test_shards_are_the_step():
-    ids = orders.make("grain", 0, PARTS, [3, 1], 8)(16)
-    shards = [orders.shard(ids, process, 4) for process in range(4)]
-    assert sorted(np.concatenate(shards).tolist()) == sorted(ids.tolist()) and {len(s) for s in shards} == {2}
-    with pytest.raises(ValueError, match=r"process: 4 .*0\.\.3"):
-        orders.shard(ids, 4, 4)
-
-
 @pytest.mark.parametrize(
     ("per_step", "shares", "counts"),
     [(8, [3, 1], [6, 2]), (10, [1, 1, 1], [4, 3, 3]), (64, [0.7, 0.2, 0.1], [45, 13, 6]), (5, [1], [5])],

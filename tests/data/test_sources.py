@@ -126,6 +126,16 @@ def test_a_named_stratum_column_must_be_filled_everywhere() -> None:
         sources.load(rows, stratum_column="level")
 
 
+def test_conversations_and_solutions_beside_a_ground_truth() -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    row = {"prompt": turns, "solution": "One and\none make two.", "reward_model": {"ground_truth": "2"}}
+    (problem,) = sources.load([row]).problems
+    assert (problem.prompt, problem.answer) == ("Be brief.\n\n1+1?", "2")
+    for odd in (turns[::-1], [*turns, turns[1]], [{"role": "user"}], []):
+        with pytest.raises(DataError, match="column 'prompt' is"):
+            sources.load([row | {"prompt": odd}])
+
+
 def test_files_that_hold_nothing_usable(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         sources.load(tmp_path / "missing.jsonl")

@@ -152,6 +152,22 @@ def test_knobs_make_what_they_say():
             tasks.generate("add", rng, **bad)
 
 
+@pytest.mark.parametrize("name", tasks.FAMILIES)
+def test_any_knobs_make_problems_whose_answers_verify(name):
+    rng, largest = random.Random(name), tasks.FAMILIES[name].largest
+    for draw in range(60):
+        knobs = {knob: most if draw % 5 == 0 else rng.randint(1, most) for knob, most in largest.items()}
+        problem = tasks.generate(name, rng, **knobs)
+        assert ExactVerifier().check([problem.answer]) == {}
+        if name == "countdown":  # a search through eight numbers would take hours
+            task = expression.parse_gold(problem.answer)
+            assert task is not None and f"make {task.target} of {' '.join(map(str, task.numbers))}:" == problem.prompt
+        else:
+            answer = solve(name, problem.prompt)
+            assert tasks.check(problem, answer), (problem, answer)
+            assert not any(tasks.check(problem, wrong) for wrong in perturbed(answer, rng))
+
+
 def test_a_set_is_the_same_whatever_else_is_asked_for_and_has_no_problem_twice():
     one = {p.prompt for p in tasks.build([("add", 2, 30)], seed=4)}
     more = tasks.build([("gcd", 1, 20), ("add", 2, 30), ("countdown", 1, 20)], seed=4)

@@ -29,6 +29,9 @@ def grade(response, answer):
     if response == "print":
         print('{"id": 0, "verdict": true}')
         return 0
+    if response.startswith("shout"):
+        print("loud" * 500_000)
+        sys.stderr.write("loud" * 500_000)
     return response[::-1] == answer
 """
 
@@ -52,6 +55,12 @@ def test_outcomes_off_the_main_thread(module):
     assert grades.scorable.tolist() == [True, True, False, False, False, False, False, False, True, True, True]
     assert "longer than 3 s" in grades.reasons[2] and "raised KeyError: 'no'" in grades.reasons[4]
     assert "raised MemoryError" in grades.reasons[5] and "no verdict" in grades.reasons[6]
+
+
+def test_a_function_may_print_as_much_as_it_likes(module):
+    rows = [f"shout {n}" for n in range(5)]
+    with make("mine:grade", workers=1, timeout=60.0) as verifier:
+        assert verifier.score(rows, [row[::-1] for row in rows]).tolist() == [1] * 5
 
 
 def test_too_long_a_response_is_not_handed_over(module):

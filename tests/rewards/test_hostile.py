@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from gdro_jax.rewards import math_verifier
+from gdro_jax.rewards.base import Pair
 from gdro_jax.rewards.math_verifier import MathVerifier
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks" / "hostile.py"
@@ -20,6 +22,11 @@ def hostile():
 
 def test_there_are_enough_of_them(hostile):
     assert len(set(hostile.HOSTILE.values())) == len(hostile.HOSTILE) >= 50
+
+
+def test_the_ordinary_answers_among_them_reach_a_worker(hostile):
+    plans = [math_verifier._plan(text, "5") for text in hostile.ordinary(300)]
+    assert all(isinstance(plan, Pair) and plan.given is not None for plan in plans) and len(set(plans)) == 300
 
 
 @pytest.mark.slow

@@ -237,6 +237,18 @@ assert "jax" not in sys.modules and "gdro_jax" not in sys.modules
     assert done.stdout.strip() == "math-verify gave up: MemoryError"
 
 
+def test_a_memory_bomb_is_stopped_at_the_limit_and_unscorable() -> None:
+    with MathVerifier(workers=1, timeout=120.0, memory_mb=384) as verifier:
+        assert verifier.score([box("\\sqrt{25}")], ["5"]).tolist() == [1.0]
+        pid = verifier._pool._workers[0].process.pid
+        grades = verifier.grade([box("2^{2^{34}}"), box("\\sqrt{25+0}")], ["5", "5"])
+        assert grades.scores.tolist() == [0.0, 1.0] and grades.reasons == {0: "math-verify gave up: MemoryError"}
+        status = Path(f"/proc/{pid}/status")
+        if status.exists():  # it really did ask for it
+            peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmPeak"))
+            assert 300 << 10 < peak <= 384 << 10
+
+
 def test_closing_ends_the_workers_and_a_closed_verifier_says_so() -> None:
     verifier = MathVerifier(workers=2)
     processes = [worker.process for worker in verifier._pool._workers]

@@ -9,6 +9,8 @@ from gdro_jax.data.sources import DataError
 from gdro_jax.training import inputs, overlap, setup
 from gdro_jax.training.ledger import Clock
 
+NO_BENCHMARKS = "data.benchmarks is null: overlaps with benchmarks are not looked for"
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -29,7 +31,7 @@ def test_gold_answers_are_checked_and_named_by_line(configure, write):
     found = inputs.load(configure(*at, "data.gold_check=drop"))
     assert [(p.id, p.prompt, p.line) for p in found.train] == [(0, "1+1=", 1), (1, "2+1=", 3)]
     assert [note.partition(":")[0].rpartition("/")[2] for note in found.notes] == [
-        "golds.jsonl, line 2", "golds.jsonl, line 4",
+        "golds.jsonl, line 2", "golds.jsonl, line 4", "data.benchmarks is null",
     ]  # fmt: skip
     assert len(inputs.load(configure(*at, "data.gold_check=null")).train) == 4
 
@@ -60,7 +62,22 @@ def test_duplicates_and_overlaps_are_reported_dropped_or_refused(configure, writ
 
 def test_training_and_evaluation_on_one_file_is_no_news(configure, write):
     file = write("both.jsonl", ("1+1=", "2"), ("1+2=", "3"))
-    assert inputs.load(configure(f"data.train={file}", f"eval.data={file}")).notes == ()
+    assert inputs.load(configure(f"data.train={file}", f"eval.data={file}")).notes == (NO_BENCHMARKS,)
+
+
+def test_a_run_says_that_it_looks_at_no_benchmark(configure, write):
+    file = write("train.jsonl", ("1+1=", "2"))
+    assert inputs.load(configure(f"data.train={file}", "eval.data=null")).notes == (NO_BENCHMARKS,)
+    assert inputs.load(configure(f"data.train={file}", "eval.data=null", "data.contamination=null")).notes == ()
+    assert inputs.load(configure("data.train=tasks:add@1*5", "eval.data=null")).notes == ()
+
+
+def test_copies_of_a_row_of_dapo_are_counted(configure, tmp_path):
+    rows = [{"data_source": "math_dapo", "prompt": f"{n}+1=", "answer": f"{n + 1}"} for n in (1, 2, 1, 2, 2)]
+    (tmp_path / "dapo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = inputs.load(configure(f"data.train={tmp_path / 'dapo.jsonl'}", "eval.data=null"))
+    assert [p.prompt for p in found.train] == ["1+1=", "2+1="]
+    assert found.notes[0].endswith("dapo.jsonl: 3 rows that repeat an earlier one left out")
 
 
 def test_a_verifier_of_ones_own_is_tried_before_the_run(configure, write, tmp_path, monkeypatch):
@@ -68,7 +85,7 @@ def test_a_verifier_of_ones_own_is_tried_before_the_run(configure, write, tmp_pa
     (tmp_path / "mine.py").write_text("def never(response, answer):\n    return None\n")
     file = write("one.jsonl", ("1+1=", "2"))
     notes = inputs.load(configure(f"data.train={file}", "eval.data=null", "data.verifier=mine:never")).notes
-    assert len(notes) == 1 and "no verdict on the first gold answer" in notes[0]
+    assert notes[1:] == (NO_BENCHMARKS,) and "no verdict on the first gold answer" in notes[0]
     with pytest.raises(DataError, match=r"data\.verifier='mine:absent': .*AttributeError"):
         inputs.load(configure(f"data.train={file}", "eval.data=null", "data.verifier=mine:absent"))
 
