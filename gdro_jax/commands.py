@@ -52,7 +52,7 @@ def train(config: Config, stop: Callable[[], bool]) -> bool:
     """
     _agree(config)
     checked = processes.together(lambda: setup.check(config))
-    processes.agree(processes.together(lambda: setup.facts(config, checked)))  # before any device works on it
+    _agree_on_inputs(config, checked)
     policy = processes.together(lambda: setup.load_policy(config.model, checked.layout, checked.outline))
     done = _run(config, setup.assemble(config, policy, checked), stop, config.controller.name)
     page = processes.on_first(lambda: reports.write(config.run.output)) if done else None
@@ -67,7 +67,7 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
     runs = comparison(config)
     checked = processes.together(lambda: _checked(config, runs))  # mistakes come first
     first = next(iter(checked.values()))
-    processes.agree(processes.together(lambda: setup.facts(config, first)))
+    _agree_on_inputs(config, first)
     policy = processes.together(lambda: setup.load_policy(config.model, first.layout, first.outline))
     folder = processes.on_first(lambda: _listed(config, runs))
     stop = processes.agreed(stop)
@@ -112,6 +112,12 @@ def _agree(config: Config) -> None:
         for name, value in values.items()
     }
     processes.agree(processes.versions() | fields)
+
+
+def _agree_on_inputs(config: Config, checked: setup.Checked) -> None:
+    """Refuses processes of other problems or models, before any device works on them."""
+    if processes.count() > 1:
+        processes.agree(processes.together(lambda: setup.facts(config, checked)))
 
 
 def comparison(config: Config) -> dict[str, Config]:

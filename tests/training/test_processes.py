@@ -145,6 +145,32 @@ def test_a_fault_of_all_is_one_line_of_each_and_a_checkpoint(tmp_path, tiny_fold
 
 
 @pytest.mark.slow
+def test_two_processes_do_all_that_one_does_and_one_goes_on_with_it(tmp_path, tiny_folder, problems):
+    """Gate, evaluation, parameters cut over both processes, rows packed by length; one process makes the last step."""
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "stratum": "ab"[i % 2]} for i in range(2)]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"sampling.gap_tolerance": 0.05, "eval.data": tmp_path / "heldout.jsonl", "eval.samples": 2, "eval.k": 2}
+    more |= {"train.length_buckets": 2, "controller.mean_rollouts": 2, "run.steps": 2, "data.template": "plain"}
+    one = {"mesh.fsdp": 1, "mesh.data": 1}
+    assert cli.main(["train", *settings(tmp_path, tiny_folder, "alone", **more, **one)]) == 0
+    together = settings(tmp_path, tiny_folder, "both", **more | {"mesh.fsdp": 4, "run.steps": 1})
+    codes, lines, _ = Pair(together).ended()
+    assert codes == [0, 0], lines
+    assert cli.main(["train", *settings(tmp_path, tiny_folder, "both", **more, **one)]) == 0
+    got, want = logged(tmp_path / "both"), logged(tmp_path / "alone")
+    assert [line["step"] for line in got] == [0, 1, 2]
+    for a, b in zip(got, want, strict=True):
+        for name in ("loss", "grad_norm", "reward", "response_length", "logprob_gap") if a["step"] else ():
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-5), (a["step"], name)
+        for name in ("rollouts", "tokens", "scored", "prompts"):
+            assert a["ledger"][name] == b["ledger"][name]
+        assert a["step"] == 1 or a["eval"] == b["eval"]
+    saved, alone = (hf.load(tmp_path / run / "model").arrays() for run in ("both", "alone"))
+    for name, array in alone.items():
+        np.testing.assert_allclose(saved[name], array, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, tiny_folder, problems):
     pair = Pair(settings(tmp_path, tiny_folder, "run", run__steps=100_000))
     metrics = tmp_path / "run" / "metrics.jsonl"
