@@ -22,6 +22,7 @@ from gdro_jax.models.config import work
 from gdro_jax.rewards import shaping
 from gdro_jax.training import (
     agreement,
+    ahead,
     batching,
     engines,
     guard,
@@ -140,6 +141,7 @@ class Trainer:
                 raise _LeftError
 
         if self.step < self.config.run.steps and not stop():
+            self.compile_update()
             self.check_agreement()
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
@@ -171,6 +173,22 @@ class Trainer:
                 self._policy(), self.folder / run_folder.MODEL, self.config.model, self.parts.policy.stop_tokens
             )
         return done
+
+    def compile_update(self) -> None:
+        """Compiles the update at a step's shapes, so that one which does not fit is seen before anything is sampled.
+
+        Raises:
+          setup.InputError: it needs more memory than a device has.
+        """
+        counts = np.full(self.config.train.prompts_per_step, self.config.controller.mean_rollouts)
+        some = np.arange(len(counts)) % len(self.tokens)
+        longest, before = self.config.sampling.max_new_tokens, self.compiles.seconds
+        batch = ahead.blank(
+            self.tokens[some], self.mask[some], counts, longest, self._cut(counts, 0), self.config.train
+        )
+        given = (self.state.learner, self.reference, self.parts.layout.whole(batch), *self._static)
+        ahead.compile_update(self._update, *given)
+        self.ledger.compile_seconds += self.compiles.seconds - before
 
     def check_agreement(self) -> agreement.Gap | None:
         """Compares sampler and trainer on the first prompts of the data, at a step's shapes; None if not asked to.
@@ -253,20 +271,25 @@ class Trainer:
     def _fold(self, purpose: int, number: int = 0) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.key, purpose), number)
 
+    @property
+    def _static(self) -> tuple[Any, ...]:
+        """What the update and the signal are compiled for besides shapes."""
+        return self.config.train, self.config.sampling.temperature, self.parts.layout
+
+    def _cut(self, rollouts: np.ndarray, number: int) -> batching.Pieces:
+        """The step's rows in pieces, or, for streams, in minibatches' shards."""
+        train, rng = self.config.train, np.random.default_rng((self.config.run.seed, _CUT, number))
+        pieces = train.minibatches * (train.microbatches if train.length_buckets is None else 1)
+        return batching.cut(rollouts, pieces * self.parts.layout.shards, rng, self._most)
+
     def _collect(self, clock: Clock, watch: Watch = _nothing) -> Collected:
-        run, number = self.config.run, self.step + 1
+        number = self.step + 1
         ids = self.parts.order(self.ledger.prompts)
         plan, rule_state = self._plan(self.state.rule, ids, self._fold(_PLAN, number))
         plan = jax.device_get(plan)
         index = batching.flat_index(plan.rollouts)
         train = self.config.train
-        pieces = train.minibatches * (train.microbatches if train.length_buckets is None else 1)
-        cut: batching.Pieces | packing.Packed = batching.cut(
-            plan.rollouts,
-            pieces * self.parts.layout.shards,
-            np.random.default_rng((run.seed, _CUT, number)),
-            self._most,
-        )
+        cut: batching.Pieces | packing.Packed = self._cut(plan.rollouts, number)
         clock.lap("plan")
         ids = plan.prompt_ids
         self._sampler.update(self._policy())
@@ -300,8 +323,7 @@ class Trainer:
         """Updates policy and controllers; the plan returned holds the weights that were used."""
         plan, outcome = collected.plan, collected.outcome()
         batch = collected.batch(self.tokens, self.mask)
-        more = (self.config.train, self.config.sampling.temperature, self.parts.layout)
-        whole = self.parts.layout.whole
+        more, whole = self._static, self.parts.layout.whole
         if self.config.controller.settings.get("use_current_batch"):
             signal = whole(self._signal(self.state.learner.model, self.reference, whole(batch), *more))
             seen = outcome._replace(signal=np.asarray(signal))

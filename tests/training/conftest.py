@@ -135,3 +135,25 @@ def launch() -> Callable[..., Trainer]:
     for trainer, counter in open_now:
         trainer.close()
         counter.__exit__(None, None, None)
+
+
+class WatchedUpdate:
+    """A trainer's update that notes how many programs each call compiled."""
+
+    def __init__(self, trainer: Trainer):
+        self._update, self._compiles, self.compiled = trainer._update, trainer.compiles, []
+        trainer._update = self
+
+    def lower(self, *args):
+        return self._update.lower(*args)
+
+    def __call__(self, *args):
+        before = self._compiles.count
+        out = jax.block_until_ready(self._update(*args))
+        self.compiled.append(self._compiles.count - before)
+        return out
+
+
+@pytest.fixture
+def watch_update() -> Callable[[Trainer], WatchedUpdate]:
+    return WatchedUpdate

@@ -17,9 +17,12 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_kept(configure, launch):
     config = configure("train.max_skipped=1")
     trainer = launch(config)
     update = trainer._update
-    trainer._update = lambda learner, reference, batch, *rest: update(
-        learner, reference, batch._replace(logprobs=batch.logprobs * np.nan), *rest
-    )
+
+    def spoiled(learner, reference, batch, *rest):
+        return update(learner, reference, batch._replace(logprobs=batch.logprobs * np.nan), *rest)
+
+    spoiled.lower = update.lower
+    trainer._update = spoiled
     before = np.asarray(trainer.state.learner.model.embed[...])
     records = []
     with pytest.raises(guard.NotFiniteError, match=r"step 2: 2 updates in a row .* train.max_skipped=1; .*step_2.npz"):

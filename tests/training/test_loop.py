@@ -3,6 +3,7 @@
 import heapq
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -288,15 +289,33 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_taken(configur
     assert launch(config).step == 2
 
 
-def test_the_step_compiles_once(configure, launch, tmp_path):
+def test_the_step_compiles_once(configure, launch, watch_update):
     sample = ("controller.name=rollout_gdro", "controller.settings.selection=sample", *SPREAD)
     trainer = launch(configure(*sample, "run.steps=5", "train.minibatches=2"))
+    update = watch_update(trainer)
     records = train(trainer)
+    assert update.compiled == [0] * 5  # it was, before anything was sampled
     compiles = [record["compiles"] for record in records]
     assert compiles[1] > 0 and compiles[1:] == [compiles[1]] * 4  # none after the second step
     uneven = [record["bins"]["rollouts"] for record in records]
     assert any(np.nanmax(r) > np.nanmin(r) for r in uneven)  # although groups were uneven
     assert trainer.compiles.count == compiles[-1]
+
+
+def test_an_update_that_does_not_fit_is_seen_before_anything_is_sampled(configure, launch, monkeypatch):
+    trainer = launch(configure())
+
+    def refuse(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20G of 16G.\nand a page of details")
+
+    trainer._update = SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=refuse))
+    monkeypatch.setattr(trainer._sampler, "stream", lambda *args: pytest.fail("sampled"))
+    says = (
+        r"^train.microbatches=1: the update does not fit a device \(RESOURCE_EXHAUSTED: Used 20G of 16G.\); `gdro plan`"
+    )
+    with pytest.raises(InputError, match=says) as caught:
+        trainer.run(lambda record: None)
+    assert "\n" not in str(caught.value)
 
 
 def refilled_steps(lengths: np.ndarray, slots: int) -> int:

@@ -209,11 +209,12 @@ def test_heavy_tails_leave_little_padding(shards, rows, microbatches, buckets):
     assert share <= 0.15 and padded > 0.8
 
 
-def test_a_run_takes_buckets(configure, launch):
+def test_a_run_takes_buckets(configure, launch, watch_update):
     trainer = launch(configure("run.steps=1", "train.length_buckets=2"))
-    records = []
+    records, update = [], watch_update(trainer)
     assert trainer.run(records.append) and len(records) == 1
     assert np.isfinite(records[0]["loss"]) and records[0]["grad_norm"] > 0 and 0 <= records[0]["train_padding"] < 1
+    assert update.compiled == [0]  # it was, before anything was sampled
 
 
 @pytest.mark.slow
