@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gdro_jax import precision
 from gdro_jax.losses.linear_logprob import Softmax, head_logits, hidden_gradient, softmax, weight_gradient
 
 BLOCK = 1024  # rows of the head in a block: 1 MiB of logits at 256 tokens
@@ -136,12 +137,11 @@ def _blocked_back(
         exps = jnp.exp(jax.lax.dynamic_index_in_dim(held.logits, at, 0, keepdims=False) - held.lse)
         logit_bar = jnp.where(block.hot(targets), slope, 0) - jnp.where(block.fresh, slope * exps, 0)
         logit_bar = logit_bar.astype(weight.dtype)
-        product = partial(jnp.matmul, preferred_element_type=jnp.float32)
         if for_hidden:
-            hidden_bar = hidden_bar + product(logit_bar.T, block.weight)
+            hidden_bar = hidden_bar + precision.matmul(logit_bar.T, block.weight)
         if weight_bar is not None:
             before = jax.lax.dynamic_slice_in_dim(weight_bar, block.start, BLOCK)
-            after = before + product(logit_bar, hidden.astype(weight.dtype))
+            after = before + precision.matmul(logit_bar, hidden.astype(weight.dtype))
             weight_bar = jax.lax.dynamic_update_slice_in_dim(weight_bar, after, block.start, 0)
         return hidden_bar, weight_bar
 

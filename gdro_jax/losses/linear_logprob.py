@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from gdro_jax import precision
+
 SINGLE_CHUNK = 2**18  # logits (1 MiB in float32) that are never split
 CHUNK_ROWS = 256  # rows a chunk has at a large vocabulary: enough for the matrix products to run at full rate
 ROW_MULTIPLE = 8
@@ -91,7 +93,7 @@ class Softmax(NamedTuple):
 
 def head_logits(hidden: Array, weight: Array, temperature: float) -> Array:
     """float32[n, V] logits of hidden [n, D] at a temperature."""
-    logits = jnp.einsum("nd,vd->nv", hidden, weight, preferred_element_type=jnp.float32)
+    logits = precision.einsum("nd,vd->nv", hidden, weight)
     return logits if temperature == 1.0 else logits / temperature
 
 
@@ -114,14 +116,14 @@ def head_gradients(slope: Array, hidden: Array, weight: Array) -> tuple[Array, A
 
 def hidden_gradient(slope: Array, hidden: Array, weight: Array) -> Array:
     """The first of `head_gradients`."""
-    product = jnp.matmul(slope.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+    product = precision.matmul(slope.astype(weight.dtype), weight)
     return product.astype(hidden.dtype)
 
 
 def weight_gradient(slope: Array, hidden: Array, weight: Array) -> Array:
     """The second of `head_gradients`."""
     slope, hidden = slope.astype(weight.dtype), hidden.astype(weight.dtype)
-    return jnp.matmul(slope.T, hidden, preferred_element_type=jnp.float32)
+    return precision.matmul(slope.T, hidden)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -158,6 +158,10 @@ def _rope(raw: Mapping[str, object]) -> Mapping[str, object]:
 class ParamSpec:
     """One parameter of one layer (or of the whole model).
 
+    Its dtype is not part of it: all parameters of a model have one, which is the caller's choice (`model.param_dtype`
+    where they are trained, `model.dtype` where not, `--dtype` of an export) and no matter of architecture; a
+    checkpoint's own is cast from.
+
     Attributes:
       shape: as we store it, without the leading layer axis; matrices are [in, out].
       axes: a logical axis name per dimension of `shape`, mapped to mesh axes in one table.

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gdro_jax import precision
 from gdro_jax.models.config import ParamSpec, Qwen3Config, param_specs, stored_shape
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -96,4 +97,4 @@ def merged(w: jax.Array, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
 
 def _sum(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """float32[in, out]."""
-    return w.astype(jnp.float32) + jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return w.astype(jnp.float32) + precision.matmul(a, b)

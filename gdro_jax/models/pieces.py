@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gdro_jax import precision
 from gdro_jax.models import recompute
 
 
@@ -48,7 +49,7 @@ def over(q: jax.Array, kv: KV, mask: jax.Array) -> Part:
     weights = jnp.exp(scores - top[..., None])
     scaled = weights if kv.v_scale is None else weights * kv.v_scale[:, :, None]
     values = kv.v.astype(q.dtype)
-    mixed = jnp.einsum("nkmu,nkuc->nkmc", scaled.astype(q.dtype), values, preferred_element_type=jnp.float32)
+    mixed = precision.einsum("nkmu,nkuc->nkmc", scaled.astype(q.dtype), values)
     return Part(top, weights.sum(-1), mixed)
 
 
@@ -59,7 +60,7 @@ def _products(q: jax.Array, k: jax.Array) -> jax.Array:
     """
 
     def at_once(q: jax.Array, k: jax.Array) -> jax.Array:
-        return jnp.einsum("nkmc,nkuc->nkmu", q, k, preferred_element_type=jnp.float32)
+        return precision.einsum("nkmc,nkuc->nkmu", q, k)
 
     def one_by_one(q: jax.Array, k: jax.Array) -> jax.Array:
         return jnp.concatenate([at_once(q[:, :, m : m + 1], k) for m in range(q.shape[2])], axis=2)

@@ -2,8 +2,8 @@
 
 `prefill` runs each prompt once and returns its keys and values; `extend` runs whole responses over them (trainer), and
 `decode.decode` one token at a time with a cache (sampler). All go through `run_block`, so sampler and trainer cannot
-disagree. Blocks are stacked on a leading axis and scanned here: program size does not grow with depth, but that of
-decoding, which is unrolled, does.
+disagree. Blocks are stacked on a leading axis and scanned here, or looped over in decoding of more than
+`decode.UNROLLED` layers: program size does not grow with depth.
 
 Architecture: Qwen3 Technical Report, arXiv 2505.09388 (section 2), as published in `Qwen/Qwen3-*-Base`.
 Letters: P prompts, R rows, L prompt tokens, T response tokens, S any sequence, D width, H heads, K KV heads,
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gdro_jax import precision
 from gdro_jax.models import attention, lora, rope
 from gdro_jax.models.config import ParamSpec, Qwen3Config, num_params, param_specs, stored_shape
 
@@ -35,7 +36,9 @@ class Qwen3(nnx.Module):
 
     It works directly under `jax.jit`, `jax.grad` and optax. Weights are cast to the compute dtype where they are
     used, a layer at a time, so float32 parameters can be trained with bfloat16 arithmetic. Whatever the dtypes,
-    norms, rotary embedding, attention weights, logits and sums inside matrix products are float32.
+    norms, rotary embedding, attention weights and logits are float32, and so is a sum inside a matrix product as far
+    as one device makes it; products with a layer's weights are rounded to the compute dtype, and where a mesh splits
+    such a sum the parts are rounded before they are added.
 
     Args:
       config: the architecture (static).
@@ -146,7 +149,7 @@ def unembed_weight(model: Qwen3) -> jax.Array:
 
 def unembed(model: Qwen3, hidden: jax.Array) -> jax.Array:
     """Logits float32[..., V] of final hidden states [..., D]."""
-    return jnp.einsum("...d,vd->...v", hidden, unembed_weight(model), preferred_element_type=jnp.float32)
+    return precision.einsum("...d,vd->...v", hidden, unembed_weight(model))
 
 
 def logits(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -274,7 +277,8 @@ def run_block(
 
 def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """[..., in] by [in, out] as one matrix product: on CPU the weights' gradient is then twice as fast."""
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
+    product = jnp.matmul(x.reshape(-1, x.shape[-1]), w, precision=precision.of(x, w))
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def _heads(x: jax.Array, head_dim: int) -> jax.Array:

@@ -6,17 +6,17 @@ from one pass to the other. Queries go a block at a time, so that keys which lie
 Letters: N rows, S queries, U keys, H heads, K KV heads, C head size, A queries of a KV head's group, H / K * S.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
+
+from gdro_jax import precision
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives finite garbage, never NaN
 BLOCKS, SHORTEST = 4, 64  # a causal piece is cut into at most so many blocks, of at least so many queries
 
 Part = tuple[jax.Array, jax.Array, jax.Array]
 
-_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+_product = precision.einsum
 
 
 def attend(q: jax.Array, parts: list[Part]) -> jax.Array:

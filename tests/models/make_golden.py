@@ -1,5 +1,7 @@
 """Writes golden/logits.npz: what transformers' Qwen3ForCausalLM in float32 gives for every case of `model_cases`.
 
+And golden/long.npz: the same of some of the cases over 300 tokens, at a few of them.
+
 Run from the repository root with torch installed: `python tests/models/make_golden.py`.
 """
 
@@ -9,11 +11,11 @@ import tempfile
 import numpy as np
 import torch
 import transformers
-from model_cases import CASES, MASKS, make_model, make_tokens
+from model_cases import CASES, LONG_CASES, LONG_MASKS, LONG_PLACES, MASKS, make_model, make_tokens
 
 from gdro_jax.models import hf, qwen3
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "logits.npz"
+FOLDER = pathlib.Path(__file__).parent / "golden"
 
 
 def reference(model: qwen3.Qwen3, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -31,14 +33,21 @@ def reference(model: qwen3.Qwen3, tokens: np.ndarray, mask: np.ndarray) -> np.nd
     return out.logits.float().numpy()
 
 
+def long(name: str) -> np.ndarray:
+    """Logits float32[n, V] of a case at the `LONG_PLACES`."""
+    tokens = make_tokens(CASES[name], LONG_MASKS.shape, seed=7)
+    return reference(make_model(CASES[name]), tokens, LONG_MASKS)[LONG_PLACES]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     logits = {
         name: reference(make_model(cfg), make_tokens(cfg, MASKS.shape), MASKS) * MASKS[..., None]
         for name, cfg in CASES.items()
     }
-    GOLDEN.parent.mkdir(exist_ok=True)
-    np.savez_compressed(GOLDEN, **{name: array.astype(np.float32) for name, array in logits.items()})
+    FOLDER.mkdir(exist_ok=True)
+    np.savez_compressed(FOLDER / "logits.npz", **{name: array.astype(np.float32) for name, array in logits.items()})
+    np.savez_compressed(FOLDER / "long.npz", **{name: long(name) for name in LONG_CASES})
 
 
 if __name__ == "__main__":

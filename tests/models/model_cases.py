@@ -72,6 +72,18 @@ MASKS = np.array(
     bool,
 )
 
+LONG_CASES = ("grouped_query", "rope_yarn_settings", "bias_untied_multi_head")
+LONG_MASKS = np.stack(
+    [
+        np.ones(300, bool),
+        np.arange(300) < 231,  # right padding
+        np.arange(300) >= 69,  # left padding
+        (np.arange(300) >= 33) & (np.arange(300) < 190),
+    ]
+)
+LONG_PLACES = LONG_MASKS & np.isin(np.cumsum(LONG_MASKS, -1), (1, 64, 65, 129, 157, 231, 300))
+"""The real tokens, by how many stand before them, whose logits are kept: beyond a block of every kernel."""
+
 
 def hashed(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """float32 numbers in [-1, 1), the same on every machine."""

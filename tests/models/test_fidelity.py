@@ -7,14 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import BASE, CASES, LENGTH, MASKS, config, make_model, make_tokens
+from model_cases import (
+    BASE,
+    CASES,
+    LENGTH,
+    LONG_CASES,
+    LONG_MASKS,
+    LONG_PLACES,
+    MASKS,
+    config,
+    make_model,
+    make_tokens,
+)
 
 from gdro_jax.models import qwen3
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "logits.npz")
+GOLDEN, LONG = (np.load(pathlib.Path(__file__).parent / "golden" / f"{name}.npz") for name in ("logits", "long"))
 TOLERANCE = 2e-4  # of the largest logit
 
-LONG_MASKS = {
+LIVE_MASKS = {
     "none": np.ones((2, 40), bool),
     "right": np.arange(40)[None] < np.array([[40], [23]]),
     "left": np.arange(40)[None] >= np.array([[0], [17]]),
@@ -45,6 +56,17 @@ def test_logits_equal_the_golden_ones(name: str) -> None:
     assert error(got, GOLDEN[name], MASKS) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", LONG_CASES)
+def test_logits_equal_the_golden_ones_over_300_tokens(name: str) -> None:
+    """Full rows and rows padded on the right, the left and both sides."""
+    tokens = make_tokens(CASES[name], LONG_MASKS.shape, seed=7)
+    got = ours(make_model(CASES[name]), tokens, LONG_MASKS)[LONG_PLACES]
+    assert got.shape == LONG[name].shape == (24, CASES[name].vocab_size)
+    for row in range(len(LONG_MASKS)):
+        at = np.nonzero(LONG_PLACES)[0] == row
+        assert error(got, LONG[name], at) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("case", "changes"),
     [
@@ -61,12 +83,12 @@ def test_a_wrong_scalar_field_would_be_seen(case: str, changes: dict[str, float]
     assert error(ours(wrong, make_tokens(BASE, MASKS.shape), MASKS), GOLDEN[case], MASKS) > 2 * TOLERANCE
 
 
-@pytest.mark.parametrize("padding", LONG_MASKS)
+@pytest.mark.parametrize("padding", LIVE_MASKS)
 def test_logits_equal_transformers_live(padding: str) -> None:
     pytest.importorskip("torch", reason="torch is not installed; the golden files are compared instead")
     from make_golden import reference
 
-    mask = LONG_MASKS[padding]
+    mask = LIVE_MASKS[padding]
     for name in ("grouped_query", "bias_untied_multi_head", "rope_yarn_settings"):
         model = make_model(CASES[name])
         tokens = make_tokens(CASES[name], mask.shape, seed=7)
@@ -81,6 +103,14 @@ def test_golden_files_are_current(name: str) -> None:
     cfg = CASES[name]
     fresh = reference(make_model(cfg), make_tokens(cfg, MASKS.shape), MASKS)
     assert error(fresh, GOLDEN[name], MASKS) < 1e-5
+
+
+@pytest.mark.parametrize("name", LONG_CASES)
+def test_long_golden_files_are_current(name: str) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; golden files cannot be made again")
+    from make_golden import long
+
+    assert error(long(name), LONG[name], np.ones(len(LONG[name]), bool)) < 1e-5
 
 
 def test_bfloat16_is_as_close_to_float32_as_bfloat16_is() -> None:

@@ -31,6 +31,9 @@ def test_every_preset_is_checked() -> None:
     assert set(PRESETS) == set(PUBLISHED)
     for preset in PRESETS.values():
         assert qwen3.Qwen3Config.from_hf(preset.to_hf()) == preset
+        assert (preset.rope_theta, preset.rms_norm_eps, preset.max_positions) == (1_000_000.0, 1e-6, 32_768)
+        assert (preset.vocab_size, preset.head_dim, preset.num_kv_heads) == (151_936, 128, 8)
+        assert preset.rope_scaling is None and not preset.attention_bias
 
 
 @pytest.mark.parametrize("name", CASES)
