@@ -3,6 +3,8 @@
 All on the host in float64; N is the number of prompts.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2000
 LEVEL = 0.95
+SUBSETS = 256
+"""Most choices of k samples that maj@k looks at."""
 _CHUNK = 2_000_000  # most resampled indices held at once
 
 
@@ -66,14 +70,19 @@ def mean_at_k(num_correct: ArrayLike, num_samples: ArrayLike) -> NDArray[np.floa
     return correct / samples
 
 
-def maj_at_k(answers: Sequence[Sequence[str | None]], right: Sequence[Sequence[bool]]) -> NDArray[np.float64]:
+def maj_at_k(
+    answers: Sequence[Sequence[str | None]], right: Sequence[Sequence[bool]], k: int | None = None
+) -> NDArray[np.float64]:
     """Accuracy of the most frequent answer of each prompt: float64[N]; tied answers share it equally.
 
     Args:
-        answers: the extracted answers of each prompt's samples; None casts no vote.
+        answers: the extracted answers of each prompt's samples; None casts no vote. Those that are right are one
+            answer, however they are spelled.
         right: whether each of these samples was graded right.
+        k: how many of the samples vote, None for all. The mean over all choices of k, or over ``SUBSETS`` of them drawn
+            with a fixed seed where there are more, which leaves it unbiased; NaN for a prompt with fewer samples.
     """
-    return np.array([_majority(*votes) for votes in zip(answers, right, strict=True)], dtype=np.float64)
+    return np.array([_majority(*votes, k) for votes in zip(answers, right, strict=True)], dtype=np.float64)
 
 
 def cvar(values: ArrayLike, share: float) -> float:
@@ -154,13 +163,25 @@ def _values(values: ArrayLike) -> NDArray[np.float64]:
     return array
 
 
-def _majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
-    votes: dict[str, list[bool]] = {}
-    for answer, correct in zip(answers, right, strict=True):
-        if answer is not None:
-            votes.setdefault(answer, []).append(bool(correct))
-    if not votes:
+def _majority(answers: Sequence[str | None], right: Sequence[bool], k: int | None) -> float:
+    n = len(answers)
+    size = n if k is None else k
+    if size > n:
+        return math.nan
+    if not n:
         return 0.0
-    most = max(map(len, votes.values()))
-    winners = [graded for graded in votes.values() if len(graded) == most]
-    return sum(sum(graded) / most for graded in winners) / len(winners)
+    known: dict[str, int] = {}
+    named = zip(answers, right, strict=True)
+    # 0 is the right answer, 1 no vote, and every other answer has a number of its own.
+    ids = np.array([0 if good else 1 if it is None else known.setdefault(it, len(known) + 2) for it, good in named])
+    if math.comb(n, size) <= SUBSETS:
+        chosen = np.array(list(itertools.combinations(range(n), size)))
+    else:
+        chosen = np.random.default_rng(0).random((SUBSETS, n)).argsort(axis=1)[:, :size]
+    kinds = len(known) + 2
+    cells = np.arange(len(chosen))[:, None] * kinds + ids[chosen]
+    counts = np.bincount(cells.ravel(), minlength=len(chosen) * kinds).reshape(len(chosen), kinds)
+    counts[:, 1] = 0
+    most = counts.max(axis=1, keepdims=True)
+    winners = (counts == most) & (most > 0)
+    return float(np.mean(winners[:, 0] / np.maximum(winners.sum(axis=1), 1)))

@@ -59,17 +59,28 @@ class Score(TypedDict):
     mean: Value
     passes: dict[str, Value]
     majority: Value
+    majorities: dict[str, Value]
     cvar: dict[str, Value]
     strata: dict[str, dict[str, Stratum]]
     worst: Worst | None
 
 
 class PerPrompt(NamedTuple):
-    """Grades of N prompts: right and scorable counts int64[N], share of the majority vote's answer right float64[N]."""
+    """Grades of N prompts: right and scorable counts int64[N], and what each scorable response voted for and was."""
 
     correct: NDArray[np.int64]
     scorable: NDArray[np.int64]
-    majority: NDArray[np.float64]
+    votes: Sequence[Sequence[str | None]]
+    right: Sequence[Sequence[bool]]
+
+    @property
+    def majority(self) -> NDArray[np.float64]:
+        """Accuracy of the vote of all scorable responses, float64[N]."""
+        return self.majority_of(None)
+
+    def majority_of(self, k: int | None) -> NDArray[np.float64]:
+        """maj@k, float64[N], NaN where fewer than k responses could be graded."""
+        return metrics.maj_at_k(self.votes, self.right, k)
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -101,7 +112,7 @@ def per_prompt(problems: Sequence[Problem], rows: Sequence[Graded], whole_respon
         if row.scorable:
             votes[n].append(_vote(row.response, whole_response))
             right[n].append(row.score > 0)
-    return PerPrompt(correct, scorable, metrics.maj_at_k(votes, right))
+    return PerPrompt(correct, scorable, votes, right)
 
 
 def score(problems: Sequence[Problem], rows: Sequence[Graded], samples: int, *, whole_response: bool = False) -> Score:
@@ -122,6 +133,8 @@ def score(problems: Sequence[Problem], rows: Sequence[Graded], samples: int, *, 
     mean = graded.mean
     passes = np.stack([graded.passes(k) for k in range(1, samples + 1)], axis=1)
     intervals = bootstrap(passes[some], _nanmeans)
+    ks = powers_up_to(samples)
+    majorities = bootstrap(np.stack([graded.majority_of(k) for k in ks], axis=1)[some], _nanmeans)
     strata = {
         kind: _strata([getattr(problem, kind) for problem in problems], mean, passes[:, -1])
         for kind in ("level", "subject", "stratum")
@@ -138,10 +151,16 @@ def score(problems: Sequence[Problem], rows: Sequence[Graded], samples: int, *, 
         "mean": _mean(mean[some]),
         "passes": {str(k + 1): value for k, value in enumerate(intervals) if value is not None},
         "majority": _mean(graded.majority[some]),
+        "majorities": {str(k): value for k, value in zip(ks, majorities, strict=True) if value is not None},
         "cvar": {f"{share:g}": _value(bootstrap(mean[some], partial(_cvars, share=share))[0]) for share in TAILS},
         "strata": {kind: groups for kind, groups in strata.items() if groups},
         "worst": _worst(strata),
     }
+
+
+def powers_up_to(samples: int) -> list[int]:
+    """1, 2, 4, ... and the number of samples."""
+    return sorted({1 << power for power in range(samples.bit_length())} | {samples})
 
 
 # Intervals ----------------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import itertools
 from itertools import combinations
 
 import numpy as np
@@ -56,6 +57,22 @@ def test_majority() -> None:
     answers = [["a", "b", "a"], ["a", "b", None], [None, None, None], ["b", "b", "a"]]
     right = [[True, False, True], [True, False, False], [False] * 3, [False, False, True]]
     np.testing.assert_array_equal(evaluation.maj_at_k(answers, right), [1.0, 0.5, 0.0, 0.0])
+
+
+def test_right_answers_are_one_however_they_are_spelled() -> None:
+    assert evaluation.maj_at_k([["1/2", "0.5", "7", "7", "7"]], [[True, True, False, False, False]])[0] == 0.0
+    assert evaluation.maj_at_k([["1/2", "0.5", "\\frac12", "7", "7"]], [[True] * 3 + [False] * 2])[0] == 1.0
+
+
+def test_majority_of_k_is_the_mean_over_choices() -> None:
+    answers, right = [["a", "a", "b", "c", None]], [[True, True, False, False, False]]
+    choices = list(itertools.combinations(range(5), 3))
+    whole = [evaluation.maj_at_k([[answers[0][i] for i in it]], [[right[0][i] for i in it]])[0] for it in choices]
+    assert evaluation.maj_at_k(answers, right, 3)[0] == pytest.approx(np.mean(whole))
+    assert evaluation.maj_at_k(answers, right, 1)[0] == pytest.approx(0.4)  # mean@1
+    assert np.isnan(evaluation.maj_at_k(answers, right, 6)[0])
+    many = [[str(n % 7) for n in range(40)]], [[n % 7 == 0 for n in range(40)]]
+    assert abs(evaluation.maj_at_k(*many, 1)[0] - 6 / 40) < 0.1
 
 
 def test_cvar() -> None:
