@@ -141,9 +141,9 @@ def _asked(
         source = benchmarks.load(name, folder, on_bad_row=config.data.on_bad_row)
         benchmark = benchmarks.BENCHMARKS[name]
         with inputs.verifier(config, benchmark.verifier) as grader:  # no response to a row without an answer is sampled
-            problems, left_out = inputs.with_usable_answers(name, source, "drop", grader)
+            usable, left_out = inputs.with_usable_answers(name, source, "drop", grader)
         template = config.eval.template or "boxed"
-        ready, notes = inputs.ready(problems, template, tokenizer, config)
+        ready, notes = inputs.ready(usable, template, tokenizer, config)
         _say([*left_out, *notes])
         out[name] = Asked(ready, template, benchmark.verifier, benchmark.private)
     return out
