@@ -108,6 +108,7 @@ def test_a_run_without_a_checkpoint_starts_over(configure, launch, heldout, tmp_
     assert lines[0]["ledger"]["eval_rollouts"] == 12 and lines[1]["ledger"]["eval_rollouts"] == 24
 
 
+@pytest.mark.slow
 def test_a_resumed_run_compiles_once_too(configure, launch):
     joint = ("controller.name=joint", "train.prompts_per_step=8")
     train(launch(configure(*joint, "run.steps=1")))
@@ -242,6 +243,7 @@ def test_a_stop_asked_at_once_samples_nothing(configure, launch, heldout, tmp_pa
     assert logged(tmp_path / "run") == [] and trainer.checkpoints.latest() == 0
 
 
+@pytest.mark.slow
 def test_a_stop_while_sampling_leaves_within_a_segment(configure, launch, tmp_path):
     """The step that was under way is as if it had not begun; the run goes on as if it had not been stopped."""
     settings = ("run.steps=2", "run.checkpoint_every=null", "sampling.max_new_tokens=6", "sampling.segment=2")

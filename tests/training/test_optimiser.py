@@ -108,7 +108,7 @@ def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
         ({"optimiser": "sgd"}, r"train.optimiser='sgd'"),
         ({"moment_dtype": "float16"}, r"train.moment_dtype='float16'"),
         ({"optimiser": "adafactor", "adam_b2": 0.9}, r"train.adam_b2=0.9: .*adafactor does not use it"),
-        ({"decay": "linear"}, r"train.decay_steps=None"),
+        ({"decay": "linear"}, r"train.decay_steps=null"),
         ({"decay_steps": 5}, r"train.decay_steps=5"),
         ({"final_rate": 0.1}, r"train.final_rate=0.1"),
         ({"decay": "exponential", "decay_steps": 5}, r"train.decay='exponential'"),

@@ -45,6 +45,7 @@ def assert_same(got, want):
 BUCKETS = dataclasses.replace(CONFIG, microbatches=3, length_buckets=3)
 
 
+@pytest.mark.slow
 def test_the_step_does_not_depend_on_the_cut(case):
     """Uneven groups, an unscorable row, a group of equal rewards (no backward pass), several pieces."""
     with jax.disable_jit():

@@ -100,6 +100,7 @@ def test_responses_are_of_the_policy_and_each_of_its_own_seed(server, tiny_model
     assert (out.logprobs[out.mask] < 0).all() and not out.tokens[~out.mask].any()
 
 
+@pytest.mark.slow
 def test_a_run_by_a_served_model_brings_it_every_policy(server, configure, launch, tmp_path):
     at = tmp_path / "served"
     server.folder = at
