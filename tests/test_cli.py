@@ -474,6 +474,16 @@ def test_eval(tmp_path, problems, capsys):
     assert printed.out == (out / "table.txt").read_text() and "6/6 problems" in printed.err
 
 
+def test_eval_says_how_many_prompts_it_left_out(tmp_path, tiny_folder, capsys):
+    file, out = tmp_path / "long.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps({"prompt": "1" * n, "answer": "1"}) + "\n" for n in (2, 127, 3)))
+    settings = ["--eval.samples=1", "--eval.k=1", "--sampling.max_new_tokens=2", "--data.overlong=drop"]
+    assert invoke("eval", tiny_folder, file, "--out", out, *settings) == 0
+    assert "1 of 3 prompts dropped as too long, above 126 tokens" in capsys.readouterr().err
+    told = json.loads((out / "settings.json").read_text())["sets"]["long"]
+    assert (told["problems"], told["dropped"]) == (2, 1)
+
+
 def test_compare(tmp_path, tiny_folder, problems, capsys):
     """Two methods, two steps: same prompts and budget, a table, a report; run again it repeats nothing."""
     out = tmp_path / "out"
