@@ -394,7 +394,8 @@ def test_an_evaluation_that_nothing_can_be_graded_in_is_one_line_and_exit_code_1
     for limit, words in ((0.5, "100% of the responses could not be graded"), (1, "no response could be graded")):
         assert invoke("eval", "embedded", problems, *settings, limit) == 1
         lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" tokens")]
-        assert len(lines) == 1 and lines[0].startswith("gdro eval: ") and words in lines[0]
+        note, line = lines
+        assert note.startswith("nothing is kept; --out ") and line.startswith("gdro eval: ") and words in line
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "eval", "regrade"])
