@@ -20,6 +20,7 @@ from gdro_jax import cli, commands, rewards
 from gdro_jax.models import hf
 from gdro_jax.models.checkpoint import CheckpointError
 from gdro_jax.training import InputError, export, guard, processes, run_folder, run_log, setup
+from gdro_jax.training.config import ModelConfig
 
 PATIENCE = 400.0  # seconds: a bound for a hung process on a busy machine, far from what it takes
 
@@ -327,17 +328,17 @@ def test_a_model_that_process_0_cannot_write_ends_all(number, tmp_path, tiny_mod
     Two(monkeypatch, number, other=lambda value: ["no checkpoint file", False] if number else None)
     monkeypatch.setattr(jax, "process_index", lambda: number)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    gathered, tensors = [], hf._tensors
+    gathered, params = [], hf._gathered
 
     def counted(model):
-        for name, array in tensors(model):
+        for name, array in params(model):
             gathered.append(name)
             yield name, array
 
-    monkeypatch.setattr(hf, "_tensors", counted)
+    monkeypatch.setattr(hf, "_gathered", counted)
     with pytest.raises(CheckpointError if number == 0 else processes.JobError, match="no checkpoint file"):
-        export.save_policy(tiny_model, tmp_path, tiny_folder, None)
-    assert gathered == [name for name, _ in tensors(tiny_model)]
+        export.save_policy(tiny_model, tmp_path, ModelConfig(path=str(tiny_folder)), (1,))
+    assert gathered == [name for name, _ in params(tiny_model)]
 
 
 def test_a_fault_that_all_find_leaves_a_checkpoint_and_one_line(configure, launch, monkeypatch):
