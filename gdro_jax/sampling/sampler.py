@@ -146,7 +146,8 @@ def reader(
     model: qwen3.Qwen3, config: SamplingConfig, mesh: jax.sharding.Mesh | None, device: jax.Device | None = None
 ) -> str | None:
     """What `config.cache` comes to for a model on a mesh, or on a device, the default one: see `paged.choose`."""
-    platform = (mesh.devices.flat[0] if mesh is not None else device or jax.devices()[0]).platform
+    device = device if mesh is None else mesh.devices.flat[0]
+    platform = jax.default_backend() if device is None else device.platform
     heads, over = model.config.num_kv_heads, 1 if mesh is None else mesh.shape.get(TENSOR_AXIS, 1)
     dtype = config.cache_dtype or str(jnp.dtype(model.compute_dtype or model.embed.dtype))
     heads = heads // over if heads % over == 0 else heads
