@@ -194,6 +194,7 @@ def test_an_export_goes_parameter_by_parameter_on_the_host(run, tmp_path, monkey
     assert_equal(hf.load(out, "bfloat16"), run[1].arrays(), "bfloat16")
 
 
+@pytest.mark.slow
 def test_what_adapters_make_is_rounded_to_the_dtype_asked_for_alone(configure, launch, tmp_path) -> None:
     low = ("model.dtype=bfloat16", "model.lora_rank=2", "model.lora_alpha=4", "train.kl_coef=0")
     trainer = launch(configure(*low, "run.steps=1"))

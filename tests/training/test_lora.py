@@ -71,6 +71,7 @@ def test_adapters_alone_are_trained_and_checkpointed(configure, launch, tmp_path
     assert np.abs(unlike).max() > 1e-3  # it was not the base that was sampled from
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_was_not_stopped(configure, launch, tmp_path):
     whole, part = (configure(*LOW, "train.kl_coef=0", output=name) for name in ("whole", "part"))
     trainer = launch(whole)

@@ -49,6 +49,7 @@ def assert_alike(got, want):
 
 
 @eight
+@pytest.mark.slow
 def test_a_step_on_eight_devices_is_the_step_on_one(configure, launch):
     """Two steps of the plainest run; the rest of what a run does is below."""
     few = ("train.prompts_per_step=4", "controller.mean_rollouts=2", "sampling.max_new_tokens=2", "run.steps=2")

@@ -24,6 +24,7 @@ def policy_sums(model, rows, shared, aggregate):
 
 @pytest.mark.skipif(jax.local_device_count() < 8, reason="needs 8 host devices")
 @pytest.mark.parametrize("aggregate", ["sequence", "token"])
+@pytest.mark.slow
 def test_eight_devices_are_one(case, aggregate):
     batch = case.batch
     rows = {

@@ -76,6 +76,7 @@ def check(tmp_path, arguments, problems, strata):
     return parts
 
 
+@pytest.mark.slow
 def test_the_embedded_tokenizer_on_text_with_braces_and_newlines(tmp_path, tiny_folder, capsys):
     arguments = command(tmp_path, 128, [2, 5], tiny_folder, ROWS)
     parts = check(tmp_path, arguments, ROWS, {"Level 1", "Level 2", "Level 5"})
