@@ -37,6 +37,11 @@ class TensorSlice(Protocol):
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
+def no_folder(path: pathlib.Path) -> str:
+    """What is there where a folder should be."""
+    return "is a file, not a folder" if path.exists() else "no such folder"
+
+
 def read_config(folder: pathlib.Path) -> Qwen3Config:
     """The configuration of a checkpoint folder.
 
@@ -44,8 +49,7 @@ def read_config(folder: pathlib.Path) -> Qwen3Config:
       CheckpointError: no such folder, no config.json, or not a dense Qwen3.
     """
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "no such folder"
-        raise CheckpointNotFoundError(f"{folder}: {what}; expected one with config.json and *.safetensors")
+        raise CheckpointNotFoundError(f"{folder}: {no_folder(folder)}; expected one with config.json and *.safetensors")
     try:
         return Qwen3Config.from_hf(folder)
     except FileNotFoundError as error:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
-from gdro_jax.report.runs import EmptyRunError, PathType, Run, RunError, read_run, read_yaml
+from gdro_jax.report.runs import EmptyRunError, PathType, Run, RunError, check_folder, read_run, read_yaml
 
 
 def read_comparison(folders: PathType | Sequence[PathType]) -> list[Run]:
@@ -19,8 +19,7 @@ def read_comparison(folders: PathType | Sequence[PathType]) -> list[Run]:
     paths = [folders] if isinstance(folders, (str, PathLike)) else list(folders)
     runs: list[Run] = []
     for folder in (Path(path) for path in paths):
-        if not folder.is_dir():
-            raise RunError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
+        check_folder(folder)
         is_run = (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists()
         runs += [read_run(folder)] if is_run else _read_compare_folder(folder)
     if not runs:

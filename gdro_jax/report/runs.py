@@ -125,8 +125,7 @@ def read_run(folder: PathType) -> Run:
     Raises RunError (a ValueError) naming file and line; EmptyRunError where no step is complete.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise RunError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
+    check_folder(folder)
     config = read_yaml(folder / "config.yaml")
     records, lines, truncated = _read_metrics(folder / "metrics.jsonl")
     method = _dig(config, ("run", "method")) or _dig(config, ("controller", "name")) or folder.name
@@ -142,6 +141,12 @@ def read_run(folder: PathType) -> Run:
         lines=tuple(lines),
         truncated=truncated,
     )
+
+
+def check_folder(path: Path) -> None:
+    """RunError unless it is a folder."""
+    if not path.is_dir():
+        raise RunError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}")
 
 
 def read_yaml(path: Path) -> dict[str, object]:

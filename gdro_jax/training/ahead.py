@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from gdro_jax import sampling
-from gdro_jax.training import batching, packing, setup, step
+from gdro_jax.training import batching, footprint, packing, setup, step
 from gdro_jax.training.config import TrainConfig
 
 
@@ -52,13 +52,9 @@ def compile_update(
     Raises:
       setup.InputError: the compiler refuses it for its memory.
     """
-    try:
-        update.lower(learner, reference, batch, *more).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        said = str(error).strip().splitlines()[0]
+    compiled, _ = footprint.measured(update.lower(learner, reference, batch, *more))
+    if compiled.refused is not None:
         raise setup.InputError(
-            f"train.microbatches={more[0].microbatches}: the update does not fit a device ({said}); `gdro plan` says "
-            "what to change"
-        ) from None
+            f"train.microbatches={more[0].microbatches}: the update does not fit a device ({compiled.refused}); "
+            "`gdro plan` says what to change"
+        )

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gdro_jax.models import hf, hub, lora, qwen3
-from gdro_jax.models.checkpoint import read_config
+from gdro_jax.models.checkpoint import no_folder, read_config
 from gdro_jax.training import config_io, processes, setup
 from gdro_jax.training.checkpoint import saved_part
 from gdro_jax.training.config import ModelConfig
@@ -42,8 +42,9 @@ def export(source: str, out: str, *, dtype: str | None = None, max_file_bytes: i
     else:
         made_from = tokens_at = hub.resolve(source)
         if not made_from.is_dir():
-            what = "is a file, not a folder" if made_from.exists() else "no such folder"
-            raise setup.InputError(f"{source}: {what}; expected a run, one of its checkpoints, or a model")
+            raise setup.InputError(
+                f"{source}: {no_folder(made_from)}; expected a run, one of its checkpoints, or a model"
+            )
         if not (made_from / "config.json").is_file():
             raise setup.InputError(f"{source}: holds neither config.yaml, as a run does, nor config.json, as a model")
     architecture = read_config(made_from)

@@ -1,5 +1,6 @@
 """Builds what a run works on from its configuration; every input problem is found here, before anything is trained."""
 
+import dataclasses
 import hashlib
 import importlib.resources
 import pathlib
@@ -14,21 +15,13 @@ from huggingface_hub.errors import StrictDataclassError
 from gdro_jax import controllers
 from gdro_jax.data import orders, prompts
 from gdro_jax.models import attention, hf, hub, lora, qwen3
-from gdro_jax.models.checkpoint import CheckpointError, digest, read_config
+from gdro_jax.models.checkpoint import CheckpointError, digest, no_folder, read_config
 from gdro_jax.training import inputs, mesh
 from gdro_jax.training.config import Config, ControllerConfig, MeshConfig, ModelConfig
 
 
 class InputError(ValueError):
     """Input that cannot be used; its text is one line that says what, where, which value and what is allowed."""
-
-
-class Source(NamedTuple):
-    """What the host reads of a model before its weights."""
-
-    architecture: qwen3.Qwen3Config
-    tokenizer: transformers.PreTrainedTokenizerBase
-    stop_tokens: tuple[int, ...]
 
 
 class Policy(NamedTuple):
@@ -49,28 +42,30 @@ class Outline(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
-class Checked(NamedTuple):
-    """A run's parts but for the weights; `heldout` is None without evaluation; `notes` say what was noticed."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run works on besides its policy; `heldout` is None without evaluation; `notes` say what was noticed."""
+
+    train: prompts.Prompts
+    heldout: prompts.Prompts | None
+    rule: controllers.Rule
+    order: orders.Order
+    layout: mesh.Layout
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checked(Parts):
+    """A run's parts with all of the policy but its weights."""
 
     outline: Outline
-    train: prompts.Prompts
-    heldout: prompts.Prompts | None
-    rule: controllers.Rule
-    order: orders.Order
-    layout: mesh.Layout
-    notes: tuple[str, ...]
 
 
-class Setup(NamedTuple):
-    """A run's parts, those of `Checked` and the policy."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup(Parts):
+    """A run's parts with its policy."""
 
     policy: Policy
-    train: prompts.Prompts
-    heldout: prompts.Prompts | None
-    rule: controllers.Rule
-    order: orders.Order
-    layout: mesh.Layout
-    notes: tuple[str, ...]
 
 
 def model_folder(path: str, weights: bool = True) -> pathlib.Path:
@@ -147,8 +142,9 @@ def outline(config: ModelConfig) -> Outline:
     """
     folder = model_folder(config.path, weights=config.random_init is None)
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "no such folder"
-        raise InputError(f"model.path={config.path!r}: {what}; expected config.json and *.safetensors in it")
+        raise InputError(
+            f"model.path={config.path!r}: {no_folder(folder)}; expected config.json and *.safetensors in it"
+        )
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         raise InputError(
             f"model.path={config.path!r}: is a run, not a model; what it trained is in {folder / 'model'} once it is "
@@ -262,7 +258,7 @@ def check(config: Config, seen: Outline | None = None, data: inputs.Inputs | Non
     except (ValueError, TypeError) as error:
         raise InputError(f"controller: {error}") from None
     check_length(seen.architecture, [p for p in (train, heldout) if p is not None], _response(config), config)
-    return Checked(seen, train, heldout, rule, order, where, tuple(notes))
+    return Checked(outline=seen, train=train, heldout=heldout, rule=rule, order=order, layout=where, notes=tuple(notes))
 
 
 def facts(config: Config, checked: Checked) -> dict[str, object]:
@@ -295,7 +291,7 @@ def assemble(config: Config, policy: Policy | None = None, checked: Checked | No
     """
     checked = check(config) if checked is None else checked
     policy = load_policy(config.model, checked.layout, checked.outline) if policy is None else policy
-    return Setup(policy, *checked[1:])
+    return Setup(policy=policy, **{field.name: getattr(checked, field.name) for field in dataclasses.fields(Parts)})
 
 
 def most_rollouts(config: ControllerConfig) -> int | None:
