@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from gdro_jax import precision
 
 SINGLE_CHUNK = 2**18  # logits (1 MiB in float32) that are never split
-CHUNK_ROWS = 256  # rows a chunk has at a large vocabulary: enough for the matrix products to run at full rate
+CHUNK_ROWS = 512  # rows a chunk has at a large vocabulary: each passes over the head and its gradient once
 ROW_MULTIPLE = 8
 
 

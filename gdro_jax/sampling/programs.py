@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from gdro_jax import host_memory
 from gdro_jax.models import qwen3
 from gdro_jax.models.sharding import TENSOR_AXIS, row_axes, row_shards
 from gdro_jax.sampling import segment
@@ -159,16 +160,19 @@ class Decoding:
         self._window = self._rung = 0  # windows passed, and rungs of slots passed
 
     def warm_up(self, context: segment.Context, state: segment.State) -> None:
-        """Goes through every stage without a step, which compiles it."""
+        """Goes through every stage without a step, which compiles it; what compiling took is given back each time."""
+        host_memory.trim()
         for at, stage in enumerate(self._growing):
             if at:
                 state = self._move(state, **stage._asdict())
             state, _ = self._segment(context, state, np.int32(_AT_ONCE))
+            host_memory.trim()
             if self._shrinking:
                 small = self._move(state, **self._shrinking[0]._asdict())
         for at, stage in enumerate(self._shrinking):
             small = self._move(small, **stage._asdict()) if at else small
             small, _ = self._segment(context, small, np.int32(_AT_ONCE))
+            host_memory.trim()
 
     def advance(self, context: segment.Context) -> segment.Look:
         """Decodes one segment more; returns before it is done."""

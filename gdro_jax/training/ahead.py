@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdro_jax import sampling
+from gdro_jax import host_memory, sampling
 from gdro_jax.training import batching, footprint, packing, setup, step
 from gdro_jax.training.config import TrainConfig
 
@@ -53,6 +53,7 @@ def compile_update(
       setup.InputError: the compiler refuses it for its memory.
     """
     compiled, _ = footprint.measured(update.lower(learner, reference, batch, *more))
+    host_memory.trim()
     if compiled.refused is not None:
         raise setup.InputError(
             f"train.microbatches={more[0].microbatches}: the update does not fit a device ({compiled.refused}); "
