@@ -1,5 +1,6 @@
 """The same tokens from two processes, each with a half of the devices, as from one device."""
 
+import dataclasses
 import os
 import pathlib
 import socket
@@ -18,7 +19,13 @@ from gdro_jax.sampling import Sampler, SamplingConfig
 PROMPTS = [[5, 9, 33], [70], [12, 13, 14, 15, 16, 17], [99, 3]]
 INDEX = np.repeat(np.arange(4), [5, 3, 1, 6])  # 15 rows over 2 or 4 shards
 CONFIG = SamplingConfig(max_new_tokens=10, stop_tokens=(3, 17, 40), segment=4, slots=8)
-SHAPES = ({"data": 4}, {"data": 2, "tensor": 2})
+PAGED = dataclasses.replace(CONFIG, cache="paged", page_tokens=4)
+CASES = (
+    ({"data": 4}, CONFIG),
+    ({"data": 2, "tensor": 2}, CONFIG),
+    ({"data": 4}, PAGED),
+    ({"data": 2, "tensor": 2}, PAGED),
+)
 
 
 def one_of_two(folder: str, out: str, address: str, number: int) -> None:
@@ -27,7 +34,7 @@ def one_of_two(folder: str, out: str, address: str, number: int) -> None:
     jax.distributed.initialize(address, 2, number)
     assert jax.process_count() == 2 and len(jax.devices()) == 4 and len(jax.local_devices()) == 2
     plain = hf.load(folder)
-    for which, shape in enumerate(SHAPES):
+    for which, (shape, config) in enumerate(CASES):
         types = (jax.sharding.AxisType.Auto,) * len(shape)
         mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types)
         specs = param_specs(plain.config)
@@ -35,7 +42,7 @@ def one_of_two(folder: str, out: str, address: str, number: int) -> None:
         for name, array in plain.arrays().items():
             whole, place = np.asarray(array), param_sharding(plain.config, specs[name], mesh)
             arrays[name] = jax.make_array_from_callback(whole.shape, place, lambda part, whole=whole: whole[part])
-        got = Sampler(Qwen3(plain.config, arrays), CONFIG, mesh)(PROMPTS, INDEX, jax.random.key(11))
+        got = Sampler(Qwen3(plain.config, arrays), config, mesh)(PROMPTS, INDEX, jax.random.key(11))
         np.savez(f"{out}-{which}-{number}.npz", **got._asdict())
 
 
@@ -54,7 +61,7 @@ def test_two_processes_sample_what_one_does(tiny_model: Qwen3, tiny_folder: path
         for process in pair:
             process.kill()
     alone = Sampler(tiny_model, CONFIG)(PROMPTS, INDEX, jax.random.key(11))
-    for which in range(len(SHAPES)):
+    for which in range(len(CASES)):
         for number in range(2):
             got = np.load(tmp_path / f"got-{which}-{number}.npz")
             for name in ("tokens", "mask", "finished"):
