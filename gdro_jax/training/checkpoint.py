@@ -45,10 +45,15 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The arrays of a step, in the structure, dtypes and sharding of `like`, and its counters."""
+        """The arrays of a step, in the structure, dtypes and sharding of `like`, and its counters.
+
+        Raises:
+          CheckpointError: files that are missing or damaged, or of other shapes.
+        """
         wanted = ocp.args.StandardRestore(_flat(like))
         args = ocp.args.Composite(arrays=wanted, counters=ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=args)
+        with _readable(self._manager.directory / str(step)):
+            saved = self._manager.restore(step, args=args)
         leaves, structure = jax.tree_util.tree_flatten_with_path(like)
         arrays = [saved["arrays"][jax.tree_util.keystr(path)] if leaf.size else leaf for path, leaf in leaves]
         return jax.tree.unflatten(structure, arrays), saved["counters"]
