@@ -110,8 +110,10 @@ def _readable(folder: pathlib.Path) -> Iterator[None]:
     """Says in one line what Orbax raises of files that are missing or damaged."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | KeyError) and type(error) is not Exception:
+            raise  # Orbax raises these, plain, for arrays whose files are not there
+        first = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder}: cannot be read ({first[:200]})") from error
 
 
