@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from gdro_jax import cli
@@ -41,13 +42,14 @@ def test_a_run_is_exported_in_the_dtype_it_computes_in(run, tmp_path, tiny_folde
     out = export(str(folder), str(tmp_path / "out"))
     assert hf.stored_dtype(out) == "bfloat16"
     assert_equal(hf.load(out, "bfloat16"), model.arrays(), "bfloat16")
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 1
+    assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == 1
+    assert qwen3.Qwen3Config.from_hf(transformers.AutoConfig.from_pretrained(out).to_dict()) == model.config
+    assert len(transformers.AutoTokenizer.from_pretrained(out)) <= model.config.vocab_size
     assert (out / "tokenizer.json").read_bytes() == (tiny_folder / "tokenizer.json").read_bytes()
 
 
 def test_transformers_opens_an_export_in_shards_with_every_tensor_equal(run, tmp_path) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    import transformers
 
     folder, model = run
     at = str(folder / "checkpoints" / "0")
