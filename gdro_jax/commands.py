@@ -53,6 +53,7 @@ def train(config: Config, stop: Callable[[], bool]) -> bool:
     _agree(config)
     checked = processes.together(lambda: setup.check(config))
     _agree_on_inputs(config, checked)
+    run_folder.check_free(config)
     policy = processes.together(lambda: setup.load_policy(config.model, checked.layout, checked.outline))
     done = _run(config, setup.assemble(config, policy, checked), stop, config.controller.name)
     page = processes.on_first(lambda: reports.write(config.run.output)) if done else None
@@ -68,8 +69,8 @@ def compare(config: Config, stop: Callable[[], bool]) -> bool:
     checked = processes.together(lambda: _checked(config, runs))  # mistakes come first
     first = next(iter(checked.values()))
     _agree_on_inputs(config, first)
-    policy = processes.together(lambda: setup.load_policy(config.model, first.layout, first.outline))
     folder = processes.on_first(lambda: _listed(config, runs))
+    policy = processes.together(lambda: setup.load_policy(config.model, first.layout, first.outline))
     stop = processes.agreed(stop)
     for label, run in runs.items():
         if stop() or not _run(run, setup.assemble(run, policy, checked[label]), stop, label):

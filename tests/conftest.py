@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import sys
 
 # Tests are made of many small programs: compiling them takes most of the time, and halves without optimisation.
 for flag, value in (("--xla_force_host_platform_device_count", 8), ("--xla_backend_optimization_level", 0)):
@@ -22,6 +23,9 @@ from collections.abc import Iterator
 import hypothesis
 import jax
 import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # whatever pytest's import mode
+import small_tokenizer
 
 from gdro_jax.models import hf, qwen3
 
@@ -57,6 +61,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: qwen3.Qwen
     folder = tmp_path_factory.mktemp("models") / "tiny"
     hf.save(tiny_model, folder, tokenizer_from=EMBEDDED)
     return folder
+
+
+@pytest.fixture(scope="session", params=["made here", "published"])
+def qwen_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a tokenizer of Qwen3's kind: a small one, and the published one where it is at hand."""
+    if request.param == "made here":
+        return small_tokenizer.make(tmp_path_factory.mktemp("qwen") / "tokenizer")
+    if "GDRO_SHARED_DATA" not in os.environ:
+        pytest.skip("GDRO_SHARED_DATA (the folder of real data) is not set")
+    return pathlib.Path(os.environ["GDRO_SHARED_DATA"]) / "qwen3_tokenizer"
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import filelock
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -340,6 +341,37 @@ def test_where_an_export_cannot_go_is_found_before_parameters_are_read(tmp_path,
         assert invoke("export", tiny_folder, place) == 2
         printed = capsys.readouterr()
         assert words in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_where_a_run_cannot_go_is_found_before_its_parameters_are_read(
+    command, tmp_path, tiny_folder, problems, capsys, no_parameters
+):
+    out = tmp_path / "out"
+    run = out if command == "train" else out / "uniform-seed0"
+    run.mkdir(parents=True)
+
+    def refused(place: object) -> str:
+        more = ["--compare.methods={uniform: }", "--compare.seeds=[0]"] if command == "compare" else []
+        field = "run.output" if command == "train" else "compare.output"
+        arguments = [f"--model.path={tiny_folder}", f"--data.train={problems}", "--eval.data=null", "--mesh.data=1"]
+        assert invoke(command, *arguments, "--train.prompts_per_step=3", *more, f"--{field}={place}") == 2
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1
+        return printed
+
+    assert "not a folder that can be written" in refused(problems)
+    assert "not a folder that can be written" in refused("/proc/nowhere")
+    (run / "config.yaml").write_text("run: {seed: 5}\n")
+    assert "holds a run of another configuration" in refused(out)
+    (run / "config.yaml").unlink()
+    (run / "model").mkdir()
+    (run / "model" / "thesis.tex").write_text("text")
+    assert "holds thesis.tex" in refused(out)
+    (run / "model" / "thesis.tex").unlink()
+    if command == "train":
+        with filelock.FileLock(run / ".lock"):
+            assert "another process is training in it" in refused(out)
 
 
 def test_a_folder_for_weights_is_refused(tmp_path, tiny_folder, capsys, no_parameters):

@@ -28,7 +28,7 @@ def choose(asked: str, platform: str, head_dim: int, dtype: str) -> str:
     """The kernel that a model uses.
 
     Args:
-      asked: one of `KERNELS`, or `auto` for the platform's own where it can run, and `xla` elsewhere.
+      asked: one of `KERNELS`, or `auto` for the platform's own where it can run, in bfloat16, and `xla` elsewhere.
       platform: what it will run on: `cpu`, `gpu` (or `cuda`), `tpu`.
       head_dim: C.
       dtype: of queries, keys and values.
@@ -45,6 +45,8 @@ def choose(asked: str, platform: str, head_dim: int, dtype: str) -> str:
         why = f"runs on a {'TPU' if kernel == 'splash' else 'GPU of NVIDIA'}, this is {platform}"
     elif kernel == "splash" and head_dim % _LANES:
         why = f"needs heads of a multiple of {_LANES}, the model's are of {head_dim}"
+    elif kernel == "splash" and asked == "auto" and dtype == "float32":
+        why = "multiplies float32 in fewer bits"
     elif kernel == "cudnn" and dtype not in ("bfloat16", "float16"):
         why = f"needs model.dtype=bfloat16, not {dtype}"
     elif kernel == "cudnn" and (head_dim % 8 or head_dim > _LANES):

@@ -5,7 +5,7 @@ import pathlib
 import re
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
 from gdro_jax.models.checkpoint import CheckpointNotFoundError, read_config
 
@@ -49,5 +49,11 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> pathlib.P
         reason = "and the Hugging Face Hub cannot be reached from here, nor does its cache hold that model"
         raise CheckpointNotFoundError(f"{repo}: no such folder, {reason}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointNotFoundError(f"{repo}: no such folder, and the Hugging Face Hub says: {first[0]}") from error
+        lines = [line for line in map(str.strip, str(error).splitlines()) if line] or [type(error).__name__]
+        said = " ".join(lines[:2])  # of a status, and of what it is about
+        raise CheckpointNotFoundError(f"{repo}: no such folder, and the Hugging Face Hub says: {said}") from error
+    except HTTPError as error:  # of the connection
+        reason = (
+            f"the connection to the Hugging Face Hub failed ({' '.join(str(error).split())}); the same again goes on"
+        )
+        raise CheckpointNotFoundError(f"{repo}: no such folder, and {reason}") from error

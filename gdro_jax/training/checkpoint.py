@@ -45,10 +45,15 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The arrays of a step, in the structure, dtypes and sharding of `like`, and its counters."""
+        """The arrays of a step, in the structure, dtypes and sharding of `like`, and its counters.
+
+        Raises:
+          CheckpointError: files that are missing or damaged, or of other shapes.
+        """
         wanted = ocp.args.StandardRestore(_flat(like))
         args = ocp.args.Composite(arrays=wanted, counters=ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=args)
+        with _readable(self._manager.directory / str(step)):
+            saved = self._manager.restore(step, args=args)
         leaves, structure = jax.tree_util.tree_flatten_with_path(like)
         arrays = [saved["arrays"][jax.tree_util.keystr(path)] if leaf.size else leaf for path, leaf in leaves]
         return jax.tree.unflatten(structure, arrays), saved["counters"]
@@ -105,8 +110,10 @@ def _readable(folder: pathlib.Path) -> Iterator[None]:
     """Says in one line what Orbax raises of files that are missing or damaged."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | KeyError) and type(error) is not Exception:
+            raise  # Orbax raises these, plain, for arrays whose files are not there
+        first = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder}: cannot be read ({first[:200]})") from error
 
 

@@ -66,7 +66,8 @@ class ModelConfig:
       remat: what of each layer is kept for the backward pass: `none` all it needs, `products` the results of matrix
         products, `block` the layer's input alone. Less memory for more time, the same result.
       attention: the kernel over whole prompts and responses: `xla` anywhere, `cudnn` on NVIDIA GPUs in bfloat16,
-        `splash` on TPUs where heads are of a multiple of 128; `auto` takes the platform's own where it can run.
+        `splash` on TPUs where heads are of a multiple of 128; `auto` takes the platform's own in bfloat16, where it can
+        run, else `xla`, which alone multiplies float32 in all of its bits.
       lora_rank: r of low-rank adapters (arXiv 2106.09685), which alone are trained, in `param_dtype`, over the frozen
         model in `dtype`; None to train all parameters.
       lora_alpha: the adapters' product counts alpha / r times.

@@ -1,4 +1,4 @@
-"""The trained policy out of a run, as a Hugging Face folder: what transformers and vLLM open."""
+"""The trained policy out of a run, as a Hugging Face folder: what transformers opens."""
 
 import dataclasses
 import pathlib

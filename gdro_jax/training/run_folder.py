@@ -60,7 +60,24 @@ def _check_shared(output: str) -> None:
             file.unlink(missing_ok=True)
 
 
+def check_free(config: Config) -> None:
+    """Refuses what `claim` would, before there is anything to train; the folder is made.
+
+    Of several processes all call it.
+
+    Raises:
+      InputError, CheckpointError: as `claim`.
+    """
+    processes.on_first(lambda: _lock(config).release())
+
+
 def _locked(config: Config) -> filelock.BaseFileLock:
+    lock = _lock(config)
+    config_io.save(config, pathlib.Path(config.run.output) / "config.yaml")
+    return lock
+
+
+def _lock(config: Config) -> filelock.BaseFileLock:
     check(config)
     folder = claim_folder(config.run.output, "run.output")
     lock = filelock.FileLock(folder / ".lock", timeout=0)
@@ -68,7 +85,6 @@ def _locked(config: Config) -> filelock.BaseFileLock:
         lock.acquire()
     except filelock.Timeout:
         raise InputError(f"run.output={config.run.output!r}: another process is training in it") from None
-    config_io.save(config, folder / "config.yaml")
     return lock
 
 

@@ -1,10 +1,10 @@
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,27 +152,24 @@ def test_order_refuses_what_it_cannot_do(seed: int, position: int, num_prompts: 
         prompts.order(seed, position, num_prompts, count)
 
 
-@pytest.mark.skipif(
-    "GDRO_SHARED_DATA" not in os.environ, reason="GDRO_SHARED_DATA (the folder of real data) is not set"
-)
-def test_a_real_tokenizer_gives_back_the_rendered_prompt() -> None:
-    from transformers import AutoTokenizer
+def test_a_tokenizer_gives_back_the_rendered_prompt(qwen_tokenizer: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(qwen_tokenizer)
+    for text in (
+        "What is $\\frac{1}{2}+1$?",
+        "Two lines:\n\n  how many   are parallel? \u2220ABC = 45\u00b0, it's \u4e8c\t",
+    ):
+        prepared = prompts.prepare(problems(text), tokenizer)
+        assert tokenizer.decode(prepared.tokens[0]) == prompts.render("boxed", text)
+        assert not set(prepared.tokens[0]) & {
+            *prompts.stop_tokens(qwen_tokenizer, tokenizer),
+            *tokenizer.all_special_ids,
+        }
 
-    folder = Path(os.environ["GDRO_SHARED_DATA"]) / "qwen3_tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prepared = prompts.prepare(problems("What is $\\frac{1}{2}+1$?"), tokenizer)
-    assert tokenizer.decode(prepared.tokens[0]) == prompts.render("boxed", "What is $\\frac{1}{2}+1$?")
-    assert not set(prepared.tokens[0]) & set(prompts.stop_tokens(folder, tokenizer))
 
-
-@pytest.mark.skipif(
-    "GDRO_SHARED_DATA" not in os.environ, reason="GDRO_SHARED_DATA (the folder of real data) is not set"
-)
-def test_chat_template_of_qwen3() -> None:
+def test_chat_template_of_qwen3(qwen_tokenizer: Path) -> None:
     """Turns are the template's own special tokens, and the options reach it; the ids are those of transformers."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(os.environ["GDRO_SHARED_DATA"]) / "qwen3_tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(qwen_tokenizer)
+    begin, end_of_turn = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     problem = Problem(0, "What is 1+1?", "2", "s")
     for chat, end in (({}, "<|im_start|>assistant\n"), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")):
         ready = prompts.prepare([problem], tokenizer, template="boxed", chat=chat)
@@ -181,7 +178,8 @@ def test_chat_template_of_qwen3() -> None:
         assert text.startswith(f"<|im_start|>user\n{asked}<|im_end|>\n") and text.endswith(end)
         turn = [{"role": "user", "content": asked}]
         want = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False, **chat)
-        assert list(ready.tokens[0]) == want and ready.tokens[0][0] == 151_644
+        assert list(ready.tokens[0]) == want and ready.tokens[0][0] == begin
+        assert ready.tokens[0].count(begin) == 2 and ready.tokens[0].count(end_of_turn) == 1
     system = prompts.prepare([problem], tokenizer, template="plain", chat={"system": "Be brief."})
     assert tokenizer.decode(system.tokens[0]).startswith(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat"

@@ -1,17 +1,19 @@
 """Writes golden/logits.npz: what transformers' Qwen3ForCausalLM in float32 gives for every case of `model_cases`.
 
-And golden/long.npz: the same of some of the cases over 300 tokens, at a few of them.
+And golden/long.npz: the same of some of the cases over 300 tokens, at a few of them. And golden/bfloat16.json: the mean
+error of its logits in bfloat16, as a share of the largest, against float32 on the same bfloat16 weights.
 
 Run from the repository root with torch installed: `python tests/models/make_golden.py`.
 """
 
+import json
 import pathlib
 import tempfile
 
 import numpy as np
 import torch
 import transformers
-from model_cases import CASES, LONG_CASES, LONG_MASKS, LONG_PLACES, MASKS, make_model, make_tokens
+from model_cases import CASES, LONG_CASES, LONG_MASKS, LONG_PLACES, MASKS, make_model, make_tokens, widened
 
 from gdro_jax.models import hf, qwen3
 
@@ -39,6 +41,13 @@ def long(name: str) -> np.ndarray:
     return reference(make_model(CASES[name]), tokens, LONG_MASKS)[LONG_PLACES]
 
 
+def bfloat16(name: str) -> float:
+    """The mean error in bfloat16 of a case."""
+    tokens, low = make_tokens(CASES[name], MASKS.shape), make_model(CASES[name], "bfloat16")
+    exact = reference(widened(low), tokens, MASKS)[MASKS]
+    return float(np.abs(reference(low, tokens, MASKS)[MASKS] - exact).mean() / np.abs(exact).max())
+
+
 def main() -> None:
     torch.set_num_threads(1)
     logits = {
@@ -48,6 +57,8 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     np.savez_compressed(FOLDER / "logits.npz", **{name: array.astype(np.float32) for name, array in logits.items()})
     np.savez_compressed(FOLDER / "long.npz", **{name: long(name) for name in LONG_CASES})
+    errors = {name: float(f"{bfloat16(name):.4g}") for name in CASES}
+    (FOLDER / "bfloat16.json").write_text(json.dumps(errors, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,11 @@ def make_model(cfg: qwen3.Qwen3Config, dtype: str = "float32") -> qwen3.Qwen3:
     return qwen3.Qwen3(cfg, arrays)
 
 
+def widened(model: qwen3.Qwen3) -> qwen3.Qwen3:
+    """The same numbers in float32."""
+    return qwen3.Qwen3(model.config, {name: x.astype(jnp.float32) for name, x in model.arrays().items()})
+
+
 def make_tokens(cfg: qwen3.Qwen3Config, shape: tuple[int, ...], seed: int = 99) -> np.ndarray:
     """int32 token ids."""
     return ((hashed(shape, seed) + 1) / 2 * cfg.vocab_size).astype(np.int32)

@@ -128,7 +128,9 @@ def test_cudnn_lowers_for_cuda_forward_and_backward(monkeypatch: pytest.MonkeyPa
     ("asked", "platform", "head_dim", "dtype", "kernel"),
     [
         ("auto", "cpu", 128, "bfloat16", "xla"),
-        ("auto", "tpu", 128, "float32", "splash"),
+        ("auto", "tpu", 128, "bfloat16", "splash"),
+        ("auto", "tpu", 128, "float32", "xla"),
+        ("splash", "tpu", 128, "float32", "splash"),
         ("auto", "tpu", 64, "bfloat16", "xla"),
         ("auto", "gpu", 128, "bfloat16", "cudnn"),
         ("auto", "cuda", 128, "float32", "xla"),

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from model_cases import BASE, CASES, config, make_model
 from safetensors.numpy import load_file, save_file
 
+from gdro_jax.models import config as config_module
 from gdro_jax.models import hf, qwen3
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -136,8 +138,6 @@ def test_transformers_opens_it_with_every_tensor_equal(
     cfg: qwen3.Qwen3Config, limit: int, dtype: str, tmp_path: pathlib.Path
 ) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    import transformers
-
     model = make_model(cfg, dtype)
     hf.save(model, tmp_path / "model", max_file_bytes=limit)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", local_files_only=True)
@@ -154,8 +154,6 @@ def test_transformers_opens_it_with_every_tensor_equal(
 
 def test_what_transformers_saves_loads(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    import transformers
-
     model = make_model(CASES["rope_base_small"])
     hf.save(model, tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", local_files_only=True)
@@ -337,6 +335,20 @@ def test_config_round_trip_and_defaults_of_transformers() -> None:
         qwen3.Qwen3Config.from_hf(raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_theta
         == 7
     )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_reads_the_configuration_that_is_written(name: str, tmp_path: pathlib.Path) -> None:
+    """Without torch too: every field means there what it means here."""
+    cfg = CASES[name]
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_hf() | {"torch_dtype": "bfloat16"}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == "Qwen3Config" and theirs.architectures == ["Qwen3ForCausalLM"]
+    assert set(theirs.layer_types) == {"full_attention"} and theirs.hidden_act == "silu"
+    assert str(theirs.dtype).removeprefix("torch.") == "bfloat16"
+    assert qwen3.Qwen3Config.from_hf(theirs.to_dict()) == cfg
+    for theirs_name, ours in config_module._HF_FIELDS.items():
+        assert getattr(theirs, theirs_name) == getattr(cfg, ours), ours
 
 
 KILLED = """

@@ -1,12 +1,16 @@
 """Names of the Hub: a folder is never one, what cannot be had is one clear line, weights come after the check."""
 
+import contextlib
+import http.server
 import json
 import pathlib
 import shutil
+import threading
+from collections.abc import Iterator
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from model_cases import BASE, make_model
 
 from gdro_jax.models import hf, hub
@@ -66,3 +70,97 @@ def test_places_on_this_machine_are_not_names(path: str, published: tuple) -> No
     _, calls = published
     assert not hub.is_name(path)
     assert hub.resolve(path) == pathlib.Path(path) and not calls
+
+
+def test_a_connection_that_breaks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> str:
+        raise HTTPError("peer closed\nthe connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(
+        hf.CheckpointNotFoundError, match=r"^Org/Model: .* failed \(peer closed the connection\); the same"
+    ):
+        hf.load("Org/Model")
+
+
+COMMIT = "a" * 40
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the Hub answers about the one model in `folder`; no other is there."""
+
+    folder: pathlib.Path
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        place, files = self.path.split("?")[0], sorted(self.folder.iterdir())
+        if place.startswith(f"/Org/Model/resolve/{COMMIT}/"):
+            body = (self.folder / place.rsplit("/", 1)[1]).read_bytes()
+        elif place.startswith("/api/models/Org/Model/tree/"):
+            rows = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f"{n:040}"}
+                for n, f in enumerate(files)
+            ]
+            body = json.dumps(rows).encode()
+        elif place.startswith("/api/models/Org/Model"):
+            names = [{"rfilename": f.name} for f in files]
+            body = json.dumps({"id": "Org/Model", "sha": COMMIT, "siblings": names}).encode()
+        else:
+            body = b"{}"
+        self.send_response(404 if body == b"{}" else 200)
+        if body == b"{}":
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{place.rsplit("/", 1)[1]}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@contextlib.contextmanager
+def serving(folder: pathlib.Path) -> Iterator[str]:
+    """The address of a hub with a folder's model."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"folder": folder}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_real_client_downloads_once_and_is_enough_offline(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`huggingface_hub` itself against a hub on this machine, which is then shut down."""
+    hf.save(make_model(BASE), tmp_path / "remote", max_file_bytes=20_000)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    huggingface_hub.close_session()
+    with serving(tmp_path / "remote") as address:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        pattern = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name in ("constants", "file_download"):
+            module = getattr(huggingface_hub, name)
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", pattern, raising=False)
+        small = hub.resolve("Org/Model", weights=False)
+        assert (small / "config.json").is_file() and not list(small.glob("*.safetensors"))
+        assert hf.load("Org/Model").config == BASE
+        with pytest.raises(hf.CheckpointNotFoundError) as error:
+            hf.load("Org/Other")
+        assert "the Hugging Face Hub says: 404 Client Error." in str(error.value) and "\n" not in str(error.value)
+        assert "Repository Not Found" in str(error.value)
+    huggingface_hub.close_session()  # else connections are kept
+    assert len(list((hub.resolve("Org/Model")).glob("*.safetensors"))) > 1
+    assert hf.load("Org/Model").config == BASE
+    with pytest.raises(hf.CheckpointNotFoundError, match="cannot be reached from here"):
+        hf.load("Org/Other")

@@ -46,3 +46,14 @@ def test_loading() -> None:
             for it in (now, before)
         ]
         assert row == [str(now["seconds"]), row[1], *peaks]
+
+
+def test_attention_compiled_for_a_tpu() -> None:
+    cases = json.loads((RESULTS / "attention_compile.json").read_text())["cases"]
+    found = {(c["prompt"], c["response"], c["tensor"], c["kernel"]): c for c in cases}
+    assert len(found) == 8
+    lines = DOCS[DOCS.index("| prompt + response | chips |") :].split("\n\n")[0].splitlines()[2:]
+    for line, (prompt, response, chips, _) in zip(lines, dict.fromkeys((*k[:3], "") for k in found), strict=True):
+        both = [found[prompt, response, chips, kernel] for kernel in ("xla", "splash")]
+        sizes = [f"{it[way]['temporary_bytes'] / 1e6:,.0f} MB" for way in ("forward", "backward") for it in both]
+        assert [cell.strip() for cell in line.strip("|").split("|")] == [f"{prompt} + {response}", str(chips), *sizes]

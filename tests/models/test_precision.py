@@ -50,6 +50,18 @@ def test_gradients_of_a_token_s_many_occurrences_add_up_in_float32() -> None:
     np.testing.assert_array_equal(gradient[5], 1000.0)
 
 
+def test_gradients_of_scales_and_biases_lose_no_token() -> None:
+    """Four thousand of one each, through a norm and an addition in bfloat16."""
+    x = jnp.ones((1, 4000, 16), jnp.bfloat16)
+
+    def total(scale: jax.Array, bias: jax.Array) -> jax.Array:
+        low = [array.astype(jnp.bfloat16) for array in (scale, bias)]
+        return (qwen3._rms_norm(x, low[0], 1e-6) + low[1]).astype(jnp.float32).sum()
+
+    for gradient in jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.ones(16), jnp.zeros(16)):
+        np.testing.assert_allclose(gradient, 4000.0, rtol=2**-8)
+
+
 def test_gradients_are_those_of_the_working_copy() -> None:
     def loss(model: qwen3.Qwen3) -> jax.Array:
         return (jnp.where(MASKS[..., None], qwen3.logits(model, TOKENS, MASKS), 0) ** 2).mean()

@@ -1,5 +1,6 @@
 """`gdro export`: the policy of a run as a folder that opens elsewhere, from its checkpoints alone."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -9,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from gdro_jax import cli
 from gdro_jax.models import hf, qwen3
+from gdro_jax.models.checkpoint import CheckpointError
+from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.export import export, save_policy
 
 
@@ -38,13 +42,14 @@ def test_a_run_is_exported_in_the_dtype_it_computes_in(run, tmp_path, tiny_folde
     out = export(str(folder), str(tmp_path / "out"))
     assert hf.stored_dtype(out) == "bfloat16"
     assert_equal(hf.load(out, "bfloat16"), model.arrays(), "bfloat16")
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 1
+    assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == 1
+    assert qwen3.Qwen3Config.from_hf(transformers.AutoConfig.from_pretrained(out).to_dict()) == model.config
+    assert len(transformers.AutoTokenizer.from_pretrained(out)) <= model.config.vocab_size
     assert (out / "tokenizer.json").read_bytes() == (tiny_folder / "tokenizer.json").read_bytes()
 
 
 def test_transformers_opens_an_export_in_shards_with_every_tensor_equal(run, tmp_path) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    import transformers
 
     folder, model = run
     at = str(folder / "checkpoints" / "0")
@@ -171,6 +176,33 @@ def test_a_base_that_became_another_and_a_checkpoint_without_its_arrays_are_name
     arrays.mkdir()
     assert "holds no arrays" in bad(capsys, tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_removed_from_a_checkpoint_is_one_line_or_does_not_matter(configure, launch, tmp_path, capsys):
+    """Each folder and manifest in turn: exporting and resuming give the very numbers, or say what cannot be read."""
+    trainer = launch(configure())
+    trainer.save()
+    trainer.close()
+    state, run, refused = trainer.state, tmp_path / "run", set()
+    step = run / "checkpoints" / "0"
+    good = shutil.copytree(step, tmp_path / "good")
+    for path in sorted(p.relative_to(good) for p in good.rglob("*") if p.is_dir() or p.suffix == ".ocdbt"):
+        shutil.rmtree(step)
+        shutil.copytree(good, step)
+        shutil.rmtree(step / path) if (step / path).is_dir() else (step / path).unlink()
+        try:
+            with contextlib.closing(Checkpoints(run / "checkpoints", 1)) as again:
+                jax.tree.map(np.testing.assert_array_equal, again.restore(0, state)[0].learner, state.learner)
+        except CheckpointError as error:
+            refused.add(str(path))
+            assert "\n" not in str(error) and f"{step}: cannot be read (" in str(error), path
+        if str(path) in refused and str(path) != "counters":
+            assert f"{step}: " in bad(capsys, run, tmp_path / "out")
+        else:
+            export(str(run), str(tmp_path / "out"))
+            assert_equal(hf.load(tmp_path / "out"), state.learner.model.arrays(), "float32")
+    wanted = {"counters", "arrays", "arrays/d", "arrays/manifest.ocdbt", "arrays/ocdbt.process_0"}
+    assert refused >= {*wanted, "arrays/ocdbt.process_0/d"}
 
 
 def test_an_export_goes_parameter_by_parameter_on_the_host(run, tmp_path, monkeypatch) -> None:

@@ -5,12 +5,14 @@ import os
 import pathlib
 
 import pytest
+import small_tokenizer
 import transformers
 
 from gdro_jax import cli, rewards
 from gdro_jax.data import prompts
 from gdro_jax.models import qwen3
 from gdro_jax.training import config_io, setup
+from gdro_jax.training.ledger import Clock
 
 DATA = os.environ.get("GDRO_SHARED_DATA")
 ASKED = "\nLet's think step by step and output the final answer within \\boxed{}."
@@ -49,6 +51,15 @@ def command(tmp_path: pathlib.Path, vocab: int, stops: int | list[int], tokenize
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def check_tokens(parts, tokenizer, problems):
+    for row, problem, ids in zip(problems, parts.train.problems, parts.train.tokens, strict=True):
+        text = row["problem"] + ASKED
+        assert problem.prompt == row["problem"] and problem.answer == row["answer"]
+        assert list(ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) == text
+        assert not set(ids) & set(tokenizer.all_special_ids)  # no chat template, no marks
+
+
 def check(tmp_path, arguments, problems, strata):
     """Runs the command; then everything that text has gone through on its way to the policy and back."""
     assert cli.main(["train", *arguments]) == 0
@@ -59,13 +70,7 @@ def check(tmp_path, arguments, problems, strata):
         assert 0 <= line["reward"] <= 1 and line["logprob_gap"] < 1e-4 and 0 < line["response_length"] <= 4
         assert set(line["strata"]["share"]) <= strata
     parts = setup.assemble(config_io.load(tmp_path / "run" / "config.yaml"))
-    tokenizer = parts.policy.tokenizer
-    for row, problem, ids in zip(problems, parts.train.problems, parts.train.tokens, strict=True):
-        text = row["problem"] + ASKED
-        assert problem.prompt == row["problem"] and problem.answer == row["answer"]
-        assert list(ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) == text
-        assert not set(ids) & set(tokenizer.all_special_ids)  # no chat template, no marks
+    check_tokens(parts, parts.policy.tokenizer, problems)
     said = [f"So it is \\boxed{{{row['answer']}}}." for row in problems]
     with rewards.make("math", workers=1, timeout=20.0) as verifier:
         answers = [p.answer for p in parts.train.problems]
@@ -76,11 +81,42 @@ def check(tmp_path, arguments, problems, strata):
     return parts
 
 
+def test_a_run_on_text_is_given_its_tokens_and_all_ends_of_a_response(tmp_path, qwen_tokenizer):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(qwen_tokenizer)
+    vocab, end = len(tokenizer), tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    given = [
+        tuple(word.removeprefix("--").split("=", 1)) for word in command(tmp_path, vocab, end, qwen_tokenizer, ROWS)
+    ]
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 3]}))
+    parts = setup.check(config_io.load(None, [*given, ("data.verifier", "exact")]))
+    check_tokens(parts, parts.outline.tokenizer, ROWS)
+    assert (
+        parts.outline.stop_tokens == tuple(sorted({3, end, tokenizer.eos_token_id})) and tokenizer.eos_token_id != end
+    )
+    assert parts.notes[-1] == f"first prompt, {len(parts.train.tokens[0])} tokens: {ROWS[0]['problem'] + ASKED!r}"
+
+
+def test_what_was_sampled_is_never_tokenised_again(configure, launch, monkeypatch):
+    """From the prompts' tokens on, texts are made for the verifier alone."""
+    trainer = launch(configure("run.steps=1"))
+    tokenizer = type(trainer.parts.policy.tokenizer)
+    for name in ("__call__", "encode", "_encode_plus", "tokenize", "apply_chat_template"):
+        monkeypatch.setattr(tokenizer, name, lambda *_, **__: pytest.fail("a text was tokenised"))
+    step = trainer._collect(Clock())
+    batch = step.batch(trainer.tokens, trainer.mask)
+    assert batch.tokens is step.rollouts.tokens and batch.mask is step.rollouts.mask
+    for row, ids in enumerate(trainer.parts.train.tokens):
+        assert trainer.tokens[row][trainer.mask[row]].tolist() == list(ids)
+
+
 @pytest.mark.slow
-def test_the_embedded_tokenizer_on_text_with_braces_and_newlines(tmp_path, tiny_folder, capsys):
-    arguments = command(tmp_path, 128, [2, 5], tiny_folder, ROWS)
-    parts = check(tmp_path, arguments, ROWS, {"Level 1", "Level 2", "Level 5"})
-    assert parts.policy.stop_tokens == (1, 2, 5)  # config.json's and the tokenizer's own
+@pytest.mark.parametrize("kind", ["embedded", "of Qwen's kind"])
+def test_a_run_on_text_with_braces_and_newlines(kind, tmp_path, tiny_folder, capsys):
+    folder = tiny_folder if kind == "embedded" else small_tokenizer.make(tmp_path / "tokenizer")
+    vocab = 128 if kind == "embedded" else 512
+    parts = check(tmp_path, command(tmp_path, vocab, [2, 5], folder, ROWS), ROWS, {"Level 1", "Level 2", "Level 5"})
+    # config.json's and the tokenizer's own
+    assert parts.policy.stop_tokens == tuple(sorted({2, 5, parts.policy.tokenizer.eos_token_id}))
     assert (tmp_path / "run" / "report.html").is_file()
 
 
