@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, _ in overrides if names else ():
             if name in _UNUSED_BY_BENCHMARKS:
                 parser.error(f"--{name} does nothing in gdro eval --benchmarks")
-        if names:  # what is reported has every k; this one is not to be in the way of few samples
+        if names:  # every k is reported: this one is not to be refused as above eval.samples
             overrides = [*overrides, ("eval.k", "1")]
         config = load(known.config, overrides)
         if known.command == "regrade":
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.benchmark_folder is not None and not names:
             parser.error("eval: --benchmark-folder does nothing without --benchmarks")
         asked = (known.problems, names, known.benchmark_folder, known.out)
-        stop = _Stop("stopping after this batch of problems" + ", kept" * (known.out is not None))
+        stop = _Stop("stopping" + ", what is graded is kept" * (known.out is not None))
         return DONE if eval_commands.evaluate(known.model, *asked, config, stop) else STOPPED
     except (*commands.BAD_INPUT_ERRORS, *commands.FAULTS) as error:
         sys.stderr.write(f"gdro {known.command}: {' '.join(str(error).split())}\n")

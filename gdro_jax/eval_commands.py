@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import sys
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from gdro_jax.training.config import Config, ModelConfig
 
 # Settings of the sampler that change time and memory, not what is drawn beyond rounding.
 _NO_MATTER = ("slots", "segment", "cache", "page_tokens", "cache_tokens")
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class Asked(NamedTuple):
@@ -51,7 +53,7 @@ def evaluate(
       model: a Hugging Face folder, or `embedded`.
       problems: a file, `embedded`, or None where benchmarks are named.
       names, folder: benchmarks, `all` for every one the folder holds.
-      stop: asked between batches.
+      stop: asked at every look at the sampler.
 
     Returns:
       False when stopped; the same command then goes on.
@@ -212,33 +214,37 @@ def _sample(
     stop: Callable[[], bool],
 ) -> list[Graded] | None:
     """Every response to a set, those that an earlier call kept among them; None when stopped."""
-    samples = config.eval.samples
-    kept = [] if place is None else store.resume(place, name, samples)
-    done = {row.problem for row in kept}
-    todo = asked.prompts.only(lambda problem: problem.id not in done)
+    samples, per_call = config.eval.samples, config.eval.problems_per_call
+    total = len(asked.prompts.problems) * samples
+    kept = [] if place is None else store.resume(place, name)
     tokens = sum(row.tokens for row in kept)
     failures = [row.reason for row in kept if not row.scorable]
-    if todo.problems:
+    if len(kept) < total:
         sampler = engines.sampler(policy.model, config.eval_sampling(policy.stop_tokens))
         # A set's keys are its own, whatever else is evaluated beside it.
         key = jax.random.fold_in(jax.random.key(config.run.seed), zlib.crc32(name.encode()))
         longest = config.data.max_prompt_tokens or asked.prompts.longest
-        batches = run.responses(
-            sampler, todo, policy.tokenizer, verifier, key, samples, longest, config.eval.problems_per_call
-        )
-        for rows, generated in batches:
-            if place is not None:
+        done, told = {(row.problem, row.rank) for row in kept}, time.monotonic()
+        for rows, generated in run.responses(
+            sampler, asked.prompts, policy.tokenizer, verifier, key, samples, longest, per_call, kept=done,
+            as_they_finish=True,
+        ):  # fmt: skip
+            if place is not None and rows:
                 store.append(place, name, rows)
             kept += rows
             tokens += generated
-            sys.stderr.write(
-                f"{name}  {len(kept) // samples}/{len(asked.prompts.problems)} problems  {tokens:,} tokens\n"
-            )
+            if len(kept) == total or time.monotonic() > told + SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                sys.stderr.write(f"{name}  {len(kept):,}/{total:,} responses  {tokens:,} tokens\n")
             failures += [row.reason for row in rows if not row.scorable]
-            rewards.check_failures(failures, len(kept), config.data.max_unscorable, name)
-            if stop() and len(kept) < len(asked.prompts.problems) * samples:
+            if len(kept) >= min(total, per_call * samples):  # the first to finish are no sample of all
+                rewards.check_failures(failures, len(kept), config.data.max_unscorable, name)
+            if len(kept) < total and stop():
                 return None
-    return sorted(kept, key=lambda row: (row.problem, row.rank))
+    kept.sort(key=lambda row: (row.problem, row.rank))
+    if place is not None:
+        store.write_rows(place / f"{name}.responses.jsonl", [row._asdict() for row in kept])
+    return kept
 
 
 def _report(scores: dict[str, score.Score], place: pathlib.Path | None, more: Mapping[str, Any]) -> None:

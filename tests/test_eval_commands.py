@@ -91,17 +91,26 @@ def test_every_number_follows_from_the_responses_kept(evaluated):
     assert "math500 by level" in text and "Level 2" in text and (place / "scores.png").stat().st_size > 5000
 
 
-def test_an_interrupt_costs_nothing(evaluated, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_costs_only_what_is_not_graded(evaluated, tmp_path, monkeypatch, capsys):
+    """Stopped within a batch, then killed within a line: what was graded is kept, and not a token of it drawn anew."""
     place, asked, texts = evaluated
-    monkeypatch.setattr(eval_commands.run, "texts", texts)
-    whole = read(place / "one")
-    stops = iter([False, True])
-    monkeypatch.setattr(cli, "_Stop", lambda _: lambda: next(stops, False))
-    assert invoke("eval", "embedded", *asked, "--out", tmp_path) == 75
-    file = tmp_path / "math500.responses.jsonl"
-    assert len(read(tmp_path)) == 24
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:22]) + '{"problem": 5, "ra')  # killed in a line
-    assert invoke("eval", "embedded", *asked, "--out", tmp_path) == 0
+    decoded = []
+
+    def counted(rollouts, tokenizer, stop_tokens):
+        decoded.extend(texts(rollouts, tokenizer, stop_tokens))
+        return decoded[-len(rollouts.tokens) :]
+
+    monkeypatch.setattr(eval_commands.run, "texts", counted)
+    monkeypatch.setattr(cli, "_Stop", lambda _: lambda: len(decoded) > 12)
+    whole, file = read(place / "one"), tmp_path / "math500.responses.jsonl"
+    look_often = (*asked, "--sampling.segment=1", "--sampling.slots=4", "--out", tmp_path)
+    assert invoke("eval", "embedded", *look_often) == 75
+    kept = read(tmp_path)
+    assert 12 < len(kept) == len(decoded) < 24 and all(row in whole for row in kept)
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]) + '{"problem": 5, "ra')
+    monkeypatch.setattr(cli, "_Stop", lambda _: lambda: False)
+    assert invoke("eval", "embedded", *look_often) == 0
+    assert len(decoded) == len(kept) + 32 - (len(kept) - 1) + 8  # and GPQA's
     assert read(tmp_path) == whole
     assert (tmp_path / "summary.json").read_text() == (place / "one" / "summary.json").read_text()
     capsys.readouterr()

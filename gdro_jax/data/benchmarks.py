@@ -26,6 +26,7 @@ class Benchmark:
       files: what its file is called, in order of preference.
       problem, answer: columns; a dot goes into a nested one.
       tolerance: column of an absolute error that a numeric answer may have.
+      unit: column of its unit.
       verifier: of `gdro_jax.rewards`.
       private: its publisher asks that examples be kept out of reach of crawlers: neither the problems nor values of
         its rows are printed or written anywhere.
@@ -36,6 +37,7 @@ class Benchmark:
     problem: str
     answer: str
     tolerance: str | None = None
+    unit: str | None = None
     verifier: str = "math"
     private: bool = False
 
@@ -60,6 +62,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             problem="question",
             answer="final_answer",
             tolerance="error",
+            unit="unit",
         ),
         "gsm8k_test": Benchmark(title="GSM8K", files=("gsm8k_test.jsonl",), problem="question", answer="answer"),
         "gpqa": Benchmark(
@@ -112,6 +115,7 @@ def load(name: str, folder: str | Path, *, on_bad_row: str = "refuse") -> Source
         prompt_column=benchmark.problem,
         answer_column=benchmark.answer,
         tolerance_column=benchmark.tolerance,
+        unit_column=benchmark.unit,
         on_bad_row=on_bad_row,
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gdro_jax.data import files
 from gdro_jax.data.files import Bad, DataError, show
+from gdro_jax.rewards import plain_numbers, units
 from gdro_jax.rewards.boxed import AnswerTooLong, last_boxed
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
@@ -83,6 +84,7 @@ def load(
     answer_column: str | None = None,
     stratum_column: str | None = None,
     tolerance_column: str | None = None,
+    unit_column: str | None = None,
     on_bad_row: str = "refuse",
 ) -> Source:
     """Problems of a file, or of rows already in memory.
@@ -94,6 +96,8 @@ def load(
             (``reward_model.ground_truth``); None finds the column by the names that published sets use.
         tolerance_column: a column with the absolute error that a row's numeric answer may have (OlympiadBench's
             ``error``); such an answer reads ``4.2 within 0.1``, which the verifiers understand.
+        unit_column: a column with the unit of a row's answer; a number whose unit the verifiers tell from others reads
+            ``45\\text{ minute}``.
         on_bad_row: ``refuse`` raises at the first bad row, ``drop`` leaves bad rows out and lists them.
 
     Raises:
@@ -124,6 +128,8 @@ def load(
                 raise row
             prompt = _text(row, prompt_key, _prompt)
             answer = _text(row, answer_key, _solution if answer_key == "solution" else _answer)
+            if unit_column is not None:
+                answer += _unit(answer, _get(row, unit_column))
             if tolerance_column is not None and _get(row, tolerance_column) is not None:
                 answer += f" within {_text(row, tolerance_column, _tolerance)}"
             stratum = _stratum(row, stratum_key, required=stratum_column is not None)
@@ -279,6 +285,12 @@ def _label(row: Mapping[str, object], column: str | None) -> str:
     except Bad:
         return ""
     return "" if label in (NO_STRATUM, UNKNOWN_STRATUM) else label
+
+
+def _unit(answer: str, value: object) -> str:
+    unit = value.replace("$", "").strip() if isinstance(value, str) else ""
+    known = units.read(unit) is not None and plain_numbers.read(answer, units=False) is not None
+    return f"\\text{{ {unit}}}" if known else ""
 
 
 def _tolerance(value: object) -> str:

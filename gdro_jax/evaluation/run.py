@@ -1,14 +1,14 @@
 """Samples a policy on a set of problems and grades what it says: the counts behind mean@k and pass@k."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from gdro_jax.data.prompts import Prompts
+from gdro_jax.data.prompts import Prompts, pad
 from gdro_jax.rewards import Grading
-from gdro_jax.sampling import Rollouts, Sampler
+from gdro_jax.sampling import Rollouts, Sampler, empty
 
 
 class Counts(NamedTuple):
@@ -58,38 +58,67 @@ def responses(
     samples: int,
     prompt_length: int,
     problems_per_call: int = 256,
+    *,
+    kept: Set[tuple[int, int]] = frozenset(),
+    as_they_finish: bool = False,
 ) -> Iterator[tuple[list[Graded], int]]:
-    """Graded responses, one batch of problems at a time, and each batch's generated tokens.
+    """Graded responses, one batch of problems at a time, and the tokens generated for them.
 
     Every call has the same shapes (the last batch is filled up), so one program is compiled. A response depends on the
     key, its problem and its rank alone.
+
+    Args:
+      kept: problem and rank of responses that are there already: the others of the problem keep their ranks.
+      as_they_finish: a part of a batch at every look at the sampler, graded while the others are decoded; a part may
+        be empty.
     """
-    size = min(problems_per_call, len(prompts.problems))
-    for start in range(0, len(prompts.problems), size):
-        batch = range(start, min(start + size, len(prompts.problems)))
+    todo = [
+        place for place, it in enumerate(prompts.problems) if any((it.id, rank) not in kept for rank in range(samples))
+    ]
+    size = min(problems_per_call, len(todo))
+    index = np.repeat(np.arange(size, dtype=np.int32), samples)
+    for start in range(0, len(todo), size or 1):
+        batch = todo[start : start + size]
         filled = [*batch, *[batch[-1]] * (size - len(batch))]
-        index = np.repeat(np.arange(size), samples)
-        out = sampler(
-            [prompts.tokens[i] for i in filled], index, key, [prompts.problems[i].id for i in filled], prompt_length
+        owners = [prompts.problems[place] for place in filled for _ in range(samples)]
+        ranks = [row % samples for row in range(len(owners))]
+        wanted = np.array([(it.id, rank) not in kept for it, rank in zip(owners, ranks, strict=True)])
+        wanted[len(batch) * samples :] = False
+        longest = sampler.config.max_new_tokens
+        out = empty(len(owners), longest)
+        looks = sampler.stream(
+            out,
+            *pad([prompts.tokens[place] for place in filled], prompt_length),
+            index,
+            np.array([it.id for it in owners], np.uint32),
+            key,
+            np.where(wanted, longest, 1).astype(np.int32),  # of the rest a token is drawn and forgotten
         )
-        said = texts(out, tokenizer, sampler.config.stop_tokens)[: len(batch) * samples]
-        finished, lengths = np.asarray(out.finished), np.asarray(out.mask)[: len(said)].sum(axis=1)
-        owners = [prompts.problems[i] for i in batch for _ in range(samples)]
-        grades = verifier.grade(said, [p.answer for p in owners])
-        rows = [
-            Graded(
-                problem=p.id,
-                rank=i % samples,
-                response=said[i],
-                score=float(grades.scores[i]),
-                scorable=bool(grades.scorable[i]),
-                finished=bool(finished[i]),
-                tokens=int(lengths[i]),
-                reason=grades.reasons.get(i),
-            )
-            for i, p in enumerate(owners)
-        ]
-        yield rows, int(lengths.sum())
+
+        def graded(rows: np.ndarray, out=out, owners=owners, ranks=ranks) -> tuple[list[Graded], int]:
+            lengths = out.mask[rows].sum(axis=1).tolist()
+            said = texts(Rollouts(*(x[rows] for x in out)), tokenizer, sampler.config.stop_tokens)
+            grades = verifier.grade(said, [owners[row].answer for row in rows])
+            return [
+                Graded(
+                    problem=owners[row].id,
+                    rank=ranks[row],
+                    response=said[i],
+                    score=float(grades.scores[i]),
+                    scorable=bool(grades.scorable[i]),
+                    finished=bool(out.finished[row]),
+                    tokens=lengths[i],
+                    reason=grades.reasons.get(i),
+                )
+                for i, row in enumerate(rows.tolist())
+            ], sum(lengths)
+
+        for look in looks:
+            ended = np.sort(look.rows[wanted[look.rows]])
+            if as_they_finish:
+                yield graded(ended) if len(ended) else ([], 0)
+        if not as_they_finish:
+            yield graded(np.flatnonzero(wanted))
 
 
 def count(batches: Iterator[tuple[list[Graded], int]], num_problems: int) -> Counts:

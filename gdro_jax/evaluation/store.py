@@ -1,7 +1,7 @@
 """The folder of an evaluation: settings, problems and every response, so that it resumes and can be graded again.
 
 `settings.json` is everything that must be alike; for each set `NAME.problems.jsonl` (without the text of a set whose
-publisher asks for that) and `NAME.responses.jsonl`, one response a line, problem by problem as they are sampled.
+publisher asks for that) and `NAME.responses.jsonl`, one response a line as they are graded, in order once all are.
 """
 
 import dataclasses
@@ -69,21 +69,20 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], within: str = "") ->
     return found
 
 
-def resume(folder: pathlib.Path, name: str, samples: int) -> list[Graded]:
-    """Responses of the problems that are complete; what an interrupt left of others is cut off the file."""
+def resume(folder: pathlib.Path, name: str) -> list[Graded]:
+    """Responses graded so far; the line that was being written at an interrupt is cut off the file."""
     file = folder / f"{name}.responses.jsonl"
     if not file.is_file():
         return []
-    rows: dict[int, list[Graded]] = {}
+    rows: dict[tuple[int, int], Graded] = {}
     for line in file.read_bytes().splitlines():
         try:
             row = Graded(**json.loads(line))
         except (ValueError, TypeError):  # the line that was being written
             continue
-        rows.setdefault(row.problem, []).append(row)
-    whole = [row for mine in rows.values() if [r.rank for r in mine] == list(range(samples)) for row in mine]
-    write_rows(file, [row._asdict() for row in whole])
-    return whole
+        rows[row.problem, row.rank] = row
+    write_rows(file, [row._asdict() for row in rows.values()])
+    return list(rows.values())
 
 
 def append(folder: pathlib.Path, name: str, rows: Iterable[Graded]) -> None:

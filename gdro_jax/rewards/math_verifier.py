@@ -7,7 +7,7 @@ so it works off the main thread; a hang, a crash or a memory bomb costs its own 
 import re
 from collections.abc import Iterable
 
-from gdro_jax.rewards import plain_numbers, spelling
+from gdro_jax.rewards import plain_numbers, spelling, units
 from gdro_jax.rewards.base import Pair, Plan, PooledVerifier
 from gdro_jax.rewards.boxed import MAX_ANSWER_CHARS, AnswerTooLong, last_boxed, nesting_depth
 from gdro_jax.rewards.worker_pool import WorkerPool
@@ -65,6 +65,13 @@ def _plan(response: object, answer: object) -> Plan:
 
 
 def _compared(gold: str, given: str) -> Plan:
+    bare, within, error = gold.partition(" within ")
+    meant, said = units.split(bare, wrapped=True), units.split(given)
+    if meant is not None:
+        gold = meant.value + within + error
+        if said is not None and said.unit != meant.unit:
+            return _converted(gold, meant.unit, said)
+        given = given if said is None else said.value
     wanted = plain_numbers.target(gold) if " within " in gold else None
     if wanted is not None:
         number = plain_numbers.read(_ABOUT.sub("", given, count=1) if _ABOUT.match(given) else given)
@@ -83,6 +90,14 @@ def _compared(gold: str, given: str) -> Plan:
     if _CALL.search(given) and not _CALL.search(gold):
         return False
     return Pair(gold, given)
+
+
+def _converted(gold: str, unit: units.Unit, said: units.Quantity) -> bool:
+    """Whether a number of another unit is the gold number of its own."""
+    wanted, number = plain_numbers.target(gold), plain_numbers.read(_ABOUT.sub("", said.value, count=1))
+    if wanted is None or number is None or said.unit.kind != unit.kind:
+        return False
+    return plain_numbers.meets(wanted, number * said.unit.size / unit.size)
 
 
 def _same_number(gold: str, given: str) -> bool:

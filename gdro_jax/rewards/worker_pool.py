@@ -1,12 +1,16 @@
-"""Worker processes with a deadline for each job: killed and replaced when it passes, or when they die; a spare is kept.
+"""Worker processes with a deadline for each job: killed and replaced when it passes, or when they die.
 
-One loop waits on the pipes of all workers. There are no threads and no signals; the processes are started afresh, not
-forked with this process's state, and end when their input does.
+A worker for math-verify is a process that has imported it, and a copy of that process which answers: the copy is what
+is killed, and the next is there at once. Others are started anew, with a spare kept. One loop waits on the pipes of all
+workers. There are no threads and no signal handlers; no process is forked with this one's state, and all end when their
+input does.
 """
 
+import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,24 +37,29 @@ class VerifierError(RuntimeError):
 class _Worker:
     process: subprocess.Popen[bytes]
     deadline: float
+    copy: int | None = None
     ready: bool = False
     job: int | None = None
     unread: bytes = b""
+
+    @property
+    def pid(self) -> int:
+        """Of the process that answers."""
+        return self.process.pid if self.copy is None else self.copy
 
     @property
     def busy(self) -> bool:
         """It owes a line: a reply, or that it is ready."""
         return not self.ready or self.job is not None
 
-    def receive(self) -> dict[str, object] | None:
-        """The next whole line, or None while there is none. EOFError once the worker is gone."""
+    def receive(self) -> list[dict[str, object]]:
+        """The whole lines there are. EOFError once the worker is gone."""
         assert self.process.stdout is not None
         chunk = os.read(self.process.stdout.fileno(), 65536)
         if not chunk:
             raise EOFError
-        line, newline, rest = (self.unread + chunk).partition(b"\n")
-        self.unread = rest if newline else line
-        return dict(json.loads(line)) if newline else None
+        *lines, self.unread = (self.unread + chunk).split(b"\n")
+        return [dict(json.loads(line)) for line in lines]
 
 
 def check_settings(workers: int, timeout: float, memory_mb: int) -> None:
@@ -74,7 +83,7 @@ class WorkerPool:
         self._failed_starts = 0
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
         self._workers: list[_Worker] = []
-        self._spares: list[_Worker] = []  # started with the first loss: another one waits for no imports
+        self._spares: list[_Worker] = []  # of workers without copies, from the first loss on
         self._closed = False
         self._finalizer = weakref.finalize(self, _kill_all, self._workers, self._spares)
         for _ in range(workers):
@@ -134,20 +143,34 @@ class WorkerPool:
 
     def _read(self, worker: _Worker, verdicts: dict[int, bool | str]) -> None:
         try:
-            message = worker.receive()
+            messages = worker.receive()
         except EOFError:
             self._ended(worker, verdicts)
             return
-        if message is None:
-            return
-        if not worker.ready:
-            worker.ready = True
-            self._failed_starts = 0
-            return
-        job, verdict = message["id"], message["verdict"]
-        assert isinstance(job, int) and job == worker.job and isinstance(verdict, bool | str)
-        verdicts[job] = verdict
-        worker.job = None
+        for message in messages:
+            if "ready" in message:
+                self._begins(worker, message.get("copy"))
+            elif "ended" in message:
+                self._copy_ended(worker, message, verdicts)
+            elif worker.ready:  # else it was given up
+                job, verdict = message["id"], message["verdict"]
+                assert isinstance(job, int) and job == worker.job and isinstance(verdict, bool | str)
+                verdicts[job] = verdict
+                worker.job = None
+
+    def _begins(self, worker: _Worker, copy: object) -> None:
+        assert copy is None or isinstance(copy, int)
+        worker.ready, worker.copy, worker.deadline = True, copy, time.monotonic() + self._timeout
+        self._failed_starts = 0
+
+    def _copy_ended(self, worker: _Worker, message: dict[str, object], verdicts: dict[int, bool | str]) -> None:
+        killed_idle = not worker.ready and not message["busy"]
+        if worker.job is not None and message["busy"]:  # else its job waits for the next copy
+            verdicts[worker.job] = f"the worker ended with code {message['ended']}"
+            worker.job = None
+        worker.ready, worker.deadline = False, time.monotonic() + START_LIMIT
+        if killed_idle:  # it had not begun the job that took too long: the next one is not to find that
+            self._replace(worker)
 
     def _ended(self, worker: _Worker, verdicts: dict[int, bool | str]) -> None:
         code = worker.process.wait()
@@ -162,9 +185,15 @@ class WorkerPool:
         for worker in [worker for worker in self._workers if worker.busy and worker.deadline <= now]:
             if not worker.ready:
                 self._failed_start(f"was not ready after {START_LIMIT:g} s")
-            elif worker.job is not None:
-                verdicts[worker.job] = f"took longer than {self._timeout:g} s"
-            self._replace(worker)
+                self._replace(worker)
+                continue
+            assert worker.job is not None
+            verdicts[worker.job] = f"took longer than {self._timeout:g} s"
+            if worker.copy is None:
+                self._replace(worker)
+                continue
+            worker.ready, worker.job, worker.deadline = False, None, now + START_LIMIT
+            _kill_process(worker.copy)
 
     # Processes ------------------------------------------------------------------------------------------------------
     def _start(self) -> _Worker:
@@ -195,10 +224,17 @@ class WorkerPool:
 
 def _kill(worker: _Worker) -> None:
     worker.process.kill()
+    if worker.copy is not None:
+        _kill_process(worker.copy)
     worker.process.wait()
     for pipe in (worker.process.stdin, worker.process.stdout):
         if pipe is not None:
             pipe.close()
+
+
+def _kill_process(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _kill_all(*groups: list[_Worker]) -> None:

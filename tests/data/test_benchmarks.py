@@ -76,6 +76,22 @@ def test_a_published_error_becomes_a_tolerance(tmp_path):
         benchmarks.load("olympiadbench", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("answers", "unit", "becomes"),
+    [
+        (["45"], "minute", "45\\text{ minute}"),
+        (["$166$"], "$cm^2$", "166\\text{ cm^2}"),
+        (["$\\frac{600}{7}$"], "km/h", "\\frac{600}{7}\\text{ km/h}"),
+        (["$\\angle A=90$,$\\angle B=90$"], "^{\\circ}", "\\angle A=90,\\angle B=90"),
+        (["4.2"], "%", "4.2"),  # passed over in any answer
+        (["x+1"], "km", "x+1"),
+    ],
+)
+def test_a_published_unit_is_told_from_others(answers, unit, becomes, tmp_path):
+    write(tmp_path, "olympiadbench", ROWS["olympiadbench"][0] | {"final_answer": answers, "unit": unit})
+    assert benchmarks.load("olympiadbench", tmp_path).problems[0].answer == becomes
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(DataError, match=r"'math50' is unknown.*did you mean 'math500'"):
         benchmarks.load("math50", tmp_path)

@@ -1,5 +1,6 @@
 """Sampling and grading a set of problems: counts, texts, and independence of how the work is batched."""
 
+import dataclasses
 import importlib.resources
 import json
 import pathlib
@@ -52,7 +53,7 @@ def sampled(tiny_model, asked, tokenizer):
     stops = (1, int(first[0, 0]), int(first[4, 1]))  # a row that is empty without its stop token, one that is short
     sampler = Sampler(tiny_model, SamplingConfig(max_new_tokens=4, temperature=2.0, stop_tokens=stops))
     whole = sampler(asked.tokens, np.repeat(np.arange(5), SAMPLES), jax.random.key(1), range(5), 8)
-    out = {"mask": np.asarray(whole.mask)}
+    out = {"mask": np.asarray(whole.mask), "config": sampler.config}
     for size in (256, 2):
         verifier = Recorder()
         batches = list(
@@ -72,6 +73,25 @@ def test_batching_changes_nothing(sampled):
     assert rows_of(one[0]) == rows_of(many[0])
     assert sum(n for _, n in one[0]) == sum(n for _, n in many[0])
     assert one[1].asked == many[1].asked  # filling rows are not graded
+
+
+def test_what_is_kept_is_not_graded_again_and_changes_nothing(sampled, tiny_model, asked, tokenizer):
+    """Rows as they finish, without those that are there already: the others are what they were, whoever is beside."""
+    whole = {(r.problem, r.rank): r for r in rows_of(sampled[256][0])}
+    kept = {(0, 0), (0, 1), (0, 2), (1, 1), (3, 0), (3, 2), (4, 0)}
+    sampler, verifier = Sampler(tiny_model, dataclasses.replace(sampled["config"], segment=1, slots=3)), Recorder()
+    parts = list(
+        run.responses(
+            sampler, asked, tokenizer, verifier, jax.random.key(1), SAMPLES, 8, 3, kept=kept, as_they_finish=True
+        )
+    )
+    found = {(r.problem, r.rank): r for r in rows_of(parts)}
+    assert found == {place: row for place, row in whole.items() if place not in kept}
+    assert len(verifier.asked) == len(found) and sum(bool(rows) for rows, _ in parts) > 2
+    assert sum(n for _, n in parts) == sum(row.tokens for row in found.values())
+    assert not list(
+        run.responses(sampler, asked, tokenizer, verifier, jax.random.key(1), SAMPLES, 8, kept=whole.keys())
+    )
 
 
 def test_rows_are_every_problem_and_rank_in_order(sampled, asked):

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -131,12 +132,12 @@ REFUSED = [
 
 
 def test_hostile_responses_without_a_worker_lost(verifier: MathVerifier) -> None:
-    before = [worker.process.pid for worker in verifier._pool._workers]
+    before = [worker.pid for worker in verifier._pool._workers]
     responses = HARMLESS + REFUSED + [box("5")]
     grades = verifier.grade(responses, ["5"] * len(responses))  # type: ignore[arg-type]
     assert grades.scores.tolist() == [0] * (len(responses) - 1) + [1]
     assert grades.scorable.tolist() == [True] * len(HARMLESS) + [False] * len(REFUSED) + [True]
-    assert before == [worker.process.pid for worker in verifier._pool._workers]
+    assert before == [worker.pid for worker in verifier._pool._workers]
 
 
 HANGS = ["10^{10^{10^{10}}}", "9^{9^{9^{9}}}", "100000000!", "(x+y+z+w+1)^{300}"]
@@ -156,14 +157,30 @@ def test_a_hang_costs_its_row_and_its_worker_alone_and_off_the_main_thread() -> 
     assert all("longer than 2 s" in reason for reason in grades.reasons.values())
 
 
-def test_workers_that_die_while_idle_are_replaced_and_cost_nothing() -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_workers_that_die_while_idle_are_replaced_and_cost_nothing(whole: bool) -> None:
     with MathVerifier(workers=1, timeout=20.0) as verifier:
         assert verifier.score([box("\\frac{2}{4}")], ["0.5"]).tolist() == [1.0]
-        process = verifier._pool._workers[0].process
-        process.kill()
-        process.wait()
+        worker = verifier._pool._workers[0]
+        os.kill(worker.process.pid if whole else worker.pid, signal.SIGKILL)
+        if whole:
+            worker.process.wait()
         grades = verifier.grade([box("\\frac{3}{6}")], ["0.5"])
         assert grades.scores.tolist() == [1.0] and grades.scorable.all()
+
+
+def test_what_is_killed_is_a_copy_and_the_next_one_imports_nothing() -> None:
+    with MathVerifier(workers=1, timeout=3.0) as verifier:
+        assert verifier.score([box("\\sqrt{25}")], ["5"]).tolist() == [1.0]
+        worker = verifier._pool._workers[0]
+        if worker.copy is None:
+            pytest.skip("this platform does not say how many threads a process has")
+        pids = {worker.pid}
+        grades = verifier.grade([*map(box, HANGS[:2]), box("\\sqrt{25+0}")], ["5"] * 3)
+        assert grades.scores.tolist() == [0, 0, 1] and grades.scorable.tolist() == [False, False, True]
+        assert verifier._pool._workers == [worker] and worker.pid not in pids and not verifier._pool._spares
+        last = worker.pid
+    assert _gone([last])
 
 
 FAKE = """
@@ -212,7 +229,7 @@ def test_memory_is_limited() -> None:
     pool = WorkerPool(workers=1, timeout=60.0, memory_mb=1024)
     try:
         pool.run([{"gold": "x", "given": "y"}])  # ready by now, so its limits are set
-        status = Path(f"/proc/{pool._workers[0].process.pid}/limits")
+        status = Path(f"/proc/{pool._workers[0].pid}/limits")
         if not status.exists():
             pytest.skip("this platform does not show a process's limits")
         line = next(line for line in status.read_text().splitlines() if line.startswith("Max address space"))
@@ -240,7 +257,7 @@ assert "jax" not in sys.modules and "gdro_jax" not in sys.modules
 def test_a_memory_bomb_is_stopped_at_the_limit_and_unscorable() -> None:
     with MathVerifier(workers=1, timeout=120.0, memory_mb=384) as verifier:
         assert verifier.score([box("\\sqrt{25}")], ["5"]).tolist() == [1.0]
-        pid = verifier._pool._workers[0].process.pid
+        pid = verifier._pool._workers[0].pid
         grades = verifier.grade([box("2^{2^{34}}"), box("\\sqrt{25+0}")], ["5", "5"])
         assert grades.scores.tolist() == [0.0, 1.0] and grades.reasons == {0: "math-verify gave up: MemoryError"}
         status = Path(f"/proc/{pid}/status")
@@ -264,15 +281,20 @@ def test_a_worker_ends_when_its_parent_is_gone() -> None:
 import os
 from gdro_jax.rewards.math_verifier import MathVerifier
 verifier = MathVerifier(workers=1)
-print(verifier._pool._workers[0].process.pid, flush=True)
+verifier.score(["\\\\boxed{\\\\sqrt{25}}"], ["5"])
+worker = verifier._pool._workers[0]
+print(worker.process.pid, worker.pid, flush=True)
 os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
-    pid = int(done.stdout)
+    assert _gone([int(pid) for pid in done.stdout.split()])
+
+
+def _gone(pids: list[int]) -> bool:
     deadline = time.monotonic() + 60.0
-    while time.monotonic() < deadline and _alive(pid):
+    while time.monotonic() < deadline and any(map(_alive, pids)):
         time.sleep(0.1)
-    assert not _alive(pid)
+    return not any(map(_alive, pids))
 
 
 def _alive(pid: int) -> bool:
