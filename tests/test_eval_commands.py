@@ -202,9 +202,9 @@ def test_what_does_nothing_with_benchmarks_is_refused(name, folder, capsys):
 def test_a_response_that_is_too_long_names_its_field_and_the_set(folder, capsys):
     asked = ("--benchmarks", "math500", "--benchmark-folder", folder)
     assert invoke("eval", "embedded", *asked, "--eval.max_new_tokens=100000") == 2
-    assert "eval.max_new_tokens=100000: math500 has prompts of up to" in capsys.readouterr().err
+    assert "eval.max_new_tokens=100000: with math500's prompts of up to" in capsys.readouterr().err
     assert invoke("eval", "embedded", *asked, "--sampling.max_new_tokens=100000") == 2
-    assert "sampling.max_new_tokens=100000: math500 has" in capsys.readouterr().err
+    assert "sampling.max_new_tokens=100000: with math500's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
