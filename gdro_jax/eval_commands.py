@@ -18,7 +18,6 @@ from gdro_jax import evaluation, rewards
 from gdro_jax.data import benchmarks, prompts
 from gdro_jax.evaluation import compare, run, score, store, tables
 from gdro_jax.evaluation.run import Graded
-from gdro_jax.models import qwen3
 from gdro_jax.models.checkpoint import digest
 from gdro_jax.sampling import SamplingConfig
 from gdro_jax.training import engines, inputs, setup
@@ -62,7 +61,8 @@ def evaluate(
     seen = setup.outline(wanted)
     asked = _asked(problems, names, folder, seen, config)
     sampling = config.eval_sampling(seen.stop_tokens)
-    _check_length(seen.architecture, asked, sampling, config)
+    for name, it in asked.items():
+        setup.check_length(seen.architecture, it.prompts.longest, sampling.max_new_tokens, config, f"{name}'s ")
     settings = _settings(model, asked, seen, sampling, config)
     place = None if out is None else setup.claim_folder(out, "--out")
     if place is None:
@@ -157,19 +157,6 @@ def _asked(
 def _say(notes: Sequence[str]) -> None:
     for note in notes:
         sys.stderr.write(note + "\n")
-
-
-def _check_length(model: qwen3.Qwen3Config, asked: dict[str, Asked], sampling: SamplingConfig, config: Config) -> None:
-    """Prompt and response together must have a position each, in every set."""
-    field = "sampling" if config.eval.max_new_tokens is None else "eval"
-    for name, it in asked.items():
-        longest = config.data.max_prompt_tokens or it.prompts.longest
-        needed, most = longest + sampling.max_new_tokens, model.positions
-        if needed > most:
-            raise setup.InputError(
-                f"{field}.max_new_tokens={sampling.max_new_tokens}: {name} has prompts of up to {longest} tokens, "
-                f"together {needed} positions; the model has {most} (max_position_embeddings in its config.json)"
-            )
 
 
 def _settings(

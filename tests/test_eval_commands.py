@@ -1,6 +1,10 @@
 """`gdro eval` on benchmarks: kept responses, resuming, grading again, comparing; GPQA is written nowhere."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -118,6 +122,24 @@ def test_an_interrupt_costs_only_what_is_not_graded(evaluated, tmp_path, monkeyp
     assert "was begun with another temperature, top_k (temperature: 1.0, now 0.5)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_kill_costs_only_what_is_not_graded(folder, tmp_path):
+    """As an interrupt within a batch, by SIGKILL and whenever it comes."""
+    asked = ("--benchmarks", "math500", "--benchmark-folder", folder, *SETTINGS, "--eval.samples=64")
+    slowly = [*map(str, asked), "--sampling.segment=1", "--sampling.slots=4", "--out", str(tmp_path / "killed")]
+    file = tmp_path / "killed" / "math500.responses.jsonl"
+    command = [sys.executable, "-c", "from gdro_jax import cli; cli.main()", "eval", "embedded", *slowly]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (file.is_file() and file.stat().st_size > 4000):
+            time.sleep(0.01)
+        process.kill()
+    kept = file.read_bytes().count(b"\n")
+    assert process.returncode == -signal.SIGKILL and 0 < kept < 512
+    assert invoke("eval", "embedded", *slowly) == 0
+    assert invoke("eval", "embedded", *asked, "--out", tmp_path / "whole") == 0
+    assert read(tmp_path / "killed") == read(tmp_path / "whole")
+
+
 def test_responses_can_be_graded_again(evaluated, tmp_path, capsys):
     for file in (evaluated[0] / "one").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -202,9 +224,9 @@ def test_what_does_nothing_with_benchmarks_is_refused(name, folder, capsys):
 def test_a_response_that_is_too_long_names_its_field_and_the_set(folder, capsys):
     asked = ("--benchmarks", "math500", "--benchmark-folder", folder)
     assert invoke("eval", "embedded", *asked, "--eval.max_new_tokens=100000") == 2
-    assert "eval.max_new_tokens=100000: math500 has prompts of up to" in capsys.readouterr().err
+    assert "eval.max_new_tokens=100000: with math500's prompts of up to" in capsys.readouterr().err
     assert invoke("eval", "embedded", *asked, "--sampling.max_new_tokens=100000") == 2
-    assert "sampling.max_new_tokens=100000: math500 has" in capsys.readouterr().err
+    assert "sampling.max_new_tokens=100000: with math500's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

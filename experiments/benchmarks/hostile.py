@@ -5,12 +5,14 @@ Usage: python experiments/benchmarks/hostile.py [--timeout 1] > experiments/benc
 Each string is graded among four ordinary right answers that a worker has to be asked about, by two workers, off the
 main thread. One line of JSON: seconds of the longest hostile row beside the deadline, how many were wrong and how many
 unscorable and why; the rate of the ordinary rows alone; the seconds that all take together, at two densities, beside
-those that two workers need for the hostile rows and the ordinary ones if nothing else is lost; and the peak memory of a
-worker that is given a memory bomb.
+those that two workers need for the hostile rows and the ordinary ones if nothing else is lost; what the start of a
+worker costs, and of the one after a killed one; and the peak memory of a worker that is given a memory bomb.
 """
 
 import argparse
 import json
+import os
+import resource
 import sys
 import threading
 import time
@@ -135,7 +137,20 @@ def grade_off_the_main_thread(verifier: MathVerifier, rows: list[str]) -> tuple[
     return found[0]
 
 
-SETTLE = 3.0  # seconds that a new worker takes to be ready, and more
+SETTLE = 5.0  # seconds that a new worker takes to be ready, and more
+
+
+def starts() -> dict[str, float]:
+    """Processor seconds of a worker's start, and seconds from the end of a killed one to the next one's first grade."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with MathVerifier(workers=1) as verifier:
+        verifier.grade(ordinary(1), ["5"])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with MathVerifier(workers=1, timeout=1.0) as verifier:
+        verifier.grade(ordinary(1), ["5"])
+        _, seconds = grade_off_the_main_thread(verifier, [HOSTILE["wide power"], *ordinary(2)[1:]])
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"processor_seconds": round(cpu, 2), "seconds_after_a_killed_one": round(seconds - 1.0, 3)}
 
 
 def memory_bomb() -> dict[str, object]:
@@ -160,17 +175,13 @@ def main() -> None:
     timeout = parser.parse_args().timeout
     with MathVerifier(workers=2, timeout=timeout) as verifier:
         verifier.grade(ordinary(4), ["5"] * 4)
-        alone = len(HOSTILE) * 4 / grade_off_the_main_thread(verifier, ordinary(4 * len(HOSTILE)))[1]
         time.sleep(SETTLE)
+        alone = len(HOSTILE) * 4 / grade_off_the_main_thread(verifier, ordinary(4 * len(HOSTILE)))[1]
         slowest = {}
         for name, text in HOSTILE.items():
             slowest[name] = grade_off_the_main_thread(verifier, [text])[1]
-            if slowest[name] >= timeout:
-                time.sleep(SETTLE)  # the next string is not to pay for the start of this one's new worker
         together = []
         for each in (49, 4):
-            verifier.grade(ordinary(4), ["5"] * 4)
-            time.sleep(SETTLE)
             grades, seconds = grade_off_the_main_thread(verifier, mixed(each))
             rows = each * len(HOSTILE)
             together.append(
@@ -193,7 +204,10 @@ def main() -> None:
         "slowest_seconds": round(slowest[worst], 2),
         "ordinary_per_second_alone": round(alone, 1),
         "together": together,
+        "start": starts(),
         "memory_bomb": memory_bomb(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
     }
     print(json.dumps(out))
 

@@ -3,9 +3,11 @@
 Usage: python experiments/benchmarks/verifier.py DATA [--repeats 3] > experiments/benchmarks/results/verifier.json
 
 DATA is a folder with labelled_responses.jsonl (question, gt, code: responses, score: grades). One line of JSON:
-`direct` and `pool` are responses per second of the same rows, in turn, medians over the repeats; `scaling` is the rate
-of a pool on jobs that wait rather than compute, by workers, so that it shows the pool's own limit on any number of
-cores; `agreement` is the share of the labels that the pool's grades equal.
+`direct` and `pool` are responses per second of the same rows, in turn, medians over the repeats, `processor_ms_each`
+the processor time of one, in all processes; `grading` is the rate of answers that math-verify has to be asked about, by
+1 and by 2 workers in turn, with the processor time that the workers spent on one; `waiting` is the rate on jobs that
+wait rather than compute, by workers, so that it shows the pool's own limit on any number of cores; `agreement` is the
+share of the labels that the pool's grades equal; `load` is of the whole machine at the end.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from gdro_jax.rewards.math_verifier import MathVerifier
 
 WAITING = "import time\ndef grade(response, answer):\n    time.sleep(0.02)\n    return True\n"
 JOBS = 200
+GRADED = 500
 
 
 def main() -> None:
@@ -34,23 +37,31 @@ def main() -> None:
     responses = [response for row in rows for response in row["code"]]
     golds = [row["gt"] for row in rows for _ in row["code"]]
     labels = [float(label) for row in rows for label in row["score"]]
+    cost: dict[str, list[float]] = {"direct": [], "pool": []}
     direct, pool, distinct = [], [], len({(last_boxed(r), g) for r, g in zip(responses, golds, strict=True)})
     with MathVerifier(workers=1, timeout=60.0) as verifier:
         grades = verifier.grade(responses, golds)  # warms the worker up
         for _ in range(asked.repeats):
+            begun = time.process_time()
             direct.append(len(responses) / timed(lambda: call_directly(responses, golds)))
+            middle, before = time.process_time(), spent(verifier)
             pool.append(len(responses) / timed(lambda: verifier.grade(responses, golds)))
+            cost["direct"].append(1000 * (middle - begun) / len(responses))
+            cost["pool"].append(1000 * (time.process_time() - middle + spent(verifier) - before) / len(responses))
     out = {
         "name": "W5",
         "responses": len(responses),
         "distinct_pairs": distinct,
         "direct": round(statistics.median(direct), 1),
         "pool_one_worker": round(statistics.median(pool), 1),
+        "processor_ms_each": {name: round(statistics.median(values), 3) for name, values in cost.items()},
         "ratios": [round(p / d, 2) for p, d in zip(pool, direct, strict=True)],
         "agreement": float((grades.scores == labels).mean()),
         "unscorable": int((~grades.scorable).sum()),
-        "scaling": scaling(),
+        "grading": grading(asked.repeats),
+        "waiting": waiting(),
         "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
     }
     print(json.dumps(out))
 
@@ -67,7 +78,36 @@ def call_directly(responses: list[str], golds: list[str]) -> None:
         )
 
 
-def scaling() -> dict[str, float]:
+def grading(repeats: int) -> dict[str, object]:
+    """Answers graded per second by 1 and 2 workers, each of them another string and none a plain number."""
+    with MathVerifier(workers=1, timeout=60.0) as one, MathVerifier(workers=2, timeout=60.0) as two:
+        rates: dict[str, list[float]] = {"1": [], "2": []}
+        cost: dict[str, list[float]] = {"1": [], "2": []}
+        for repeat in range(repeats + 1):  # the first is not counted
+            for name, verifier in (("1", one), ("2", two)):
+                rows = [f"\\boxed{{\\sqrt{{25+0\\cdot {repeat * GRADED + n}}}}}" for n in range(GRADED)]
+                before = spent(verifier)
+                seconds = timed(lambda verifier=verifier, rows=rows: verifier.grade(rows, ["5"] * GRADED))
+                if repeat:
+                    rates[name].append(round(GRADED / seconds, 1))
+                    cost[name].append(round(1000 * (spent(verifier) - before) / GRADED, 2))
+    return {
+        "per_second": rates,
+        "processor_ms_each": cost,
+        "ratio": round(statistics.median(rates["2"]) / statistics.median(rates["1"]), 2),
+    }
+
+
+def spent(verifier: MathVerifier) -> float:
+    """Processor seconds of the workers so far."""
+    out = 0.0
+    for worker in verifier._pool._workers:
+        fields = pathlib.Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        out += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return out
+
+
+def waiting() -> dict[str, float]:
     """Jobs of 20 ms of waiting per second, by workers."""
     out = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -44,7 +44,7 @@ class Quantity(NamedTuple):
 
 
 def split(text: str, *, wrapped: bool = False) -> Quantity | None:
-    r"""The parts of `12 cm`, `\frac{1}{2}\text{ km/h}`; None without a known unit, or, if `wrapped`, with a bare one."""
+    r"""Of `12 cm`, `\frac{1}{2}\text{ km/h}`; None without a known unit, or, if `wrapped`, with a bare one."""
     if len(text) > MAX_CHARS:
         return None
     match = _TAIL.fullmatch(text.strip().rstrip("$").strip())

@@ -257,7 +257,8 @@ def check(config: Config, seen: Outline | None = None, data: inputs.Inputs | Non
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"controller: {error}") from None
-    check_length(seen.architecture, [p for p in (train, heldout) if p is not None], _response(config), config)
+    longest = max(p.longest for p in (train, heldout) if p is not None)
+    check_length(seen.architecture, longest, _response(config), config)
     return Checked(outline=seen, train=train, heldout=heldout, rule=rule, order=order, layout=where, notes=tuple(notes))
 
 
@@ -359,7 +360,7 @@ def most_prompt_tokens(config: Config, model: qwen3.Qwen3Config, response: int) 
     if config.data.max_prompt_tokens is not None or config.data.overlong != "drop":
         return config.data.max_prompt_tokens
     if response >= model.positions:
-        raise _no_room(response, 1, model.positions)
+        raise _no_room(response, 1, model.positions, config)
     return model.positions - response
 
 
@@ -368,20 +369,24 @@ def _response(config: Config) -> int:
     return max(config.sampling.max_new_tokens, config.eval.max_new_tokens or 0)
 
 
-def check_length(model: qwen3.Qwen3Config, asked: Sequence[prompts.Prompts], response: int, config: Config) -> None:
-    """Prompt and `response` tokens together must have a position each.
+def check_length(model: qwen3.Qwen3Config, longest: int, response: int, config: Config, whose: str = "") -> None:
+    """Prompts of up to `longest` tokens, or the limit there is, and `response` tokens must have a position each.
+
+    Args:
+      whose: the prompts, said in the error as `math500's `.
 
     Raises:
       InputError: they may need more than the model has.
     """
-    longest = config.data.max_prompt_tokens or max(p.longest for p in asked)
+    longest = config.data.max_prompt_tokens or longest
     if longest + response > model.positions:
-        raise _no_room(response, longest, model.positions)
+        raise _no_room(response, longest, model.positions, config, whose)
 
 
-def _no_room(response: int, longest: int, positions: int) -> InputError:
+def _no_room(response: int, longest: int, positions: int, config: Config, whose: str = "") -> InputError:
+    field = "eval" if config.eval.max_new_tokens == response else "sampling"
     return InputError(
-        f"sampling.max_new_tokens={response}: with prompts of up to {longest} tokens that is "
+        f"{field}.max_new_tokens={response}: with {whose}prompts of up to {longest} tokens that is "
         f"{longest + response} positions, the model has {positions} (max_position_embeddings in its config.json)"
     )
 
