@@ -66,6 +66,7 @@ def try_update(update: jax.stages.Wrapped, learner: step.Learner, reference: Any
         raise _does_not_fit(more[0], compiled.refused)
     if jax.config.jax_debug_nans:  # type: ignore[attr-defined]  # the run would end here
         return learner
+    processes.gathered(None)  # one that compiles for longer is waited for: the first collective of a program may not be
     try:
         return jax.block_until_ready(update(learner, reference, batch, *more).learner)
     except jax.errors.JaxRuntimeError as error:
