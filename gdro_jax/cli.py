@@ -136,7 +136,7 @@ def _train(parser: argparse.ArgumentParser, known: argparse.Namespace, overrides
         parser.error(f"{known.command}: --join-timeout={patience:g}: must be above 0 seconds, and finite")
     if known.join_timeout is not None and job is None:
         parser.error(f"{known.command}: --join-timeout: needs --coordinator HOST:PORT, where process 0 is")
-    with processes.Membership(job, commands.ENDS_ALIKE, patience):
+    with processes.Membership(job, commands.ENDS_ALIKE, patience, commands.FAULTS):
         config = processes.together(lambda: config_io.load(known.config, overrides))
         run = commands.train if known.command == "train" else commands.compare
         done = run(config, _Stop())

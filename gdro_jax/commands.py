@@ -16,6 +16,7 @@ from gdro_jax.sampling import ServerError
 from gdro_jax.training import chips, config_io, inputs, processes, run_folder, setup
 from gdro_jax.training import export as exporting
 from gdro_jax.training import plan as planning
+from gdro_jax.training.checkpoint import SaveError
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
 from gdro_jax.training.guard import NotFiniteError
@@ -38,6 +39,7 @@ FAULTS = (
     evaluation.NothingScorableError,
     ServerError,
     NotFiniteError,
+    SaveError,
     processes.JobFault,
 )
 """Faults that say all there is to say in one line, exit code 1. Anything else keeps its traceback."""

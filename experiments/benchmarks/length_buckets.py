@@ -2,6 +2,7 @@
 
     python experiments/benchmarks/length_buckets.py [--buckets B] [--microbatches A] [--repeats N] [--no-time]
     python experiments/benchmarks/length_buckets.py --mesh
+    python experiments/benchmarks/length_buckets.py --published
 
 Prints one JSON line, with `--mesh` one for each number of shards. Workload W3: 16 prompts of 64 tokens, 8 rollouts
 each of at most 512 tokens, lengths geometric with a mean of 64, the model of `train_step.py` W1b. Padding is given as
@@ -13,8 +14,10 @@ rewards, which are without a gradient.
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import pathlib
 import statistics
 import time
 
@@ -25,13 +28,15 @@ import numpy as np
 import train_step
 
 from gdro_jax.models.config import work
+from gdro_jax.models.presets import PRESETS
 from gdro_jax.models.qwen3 import init
-from gdro_jax.training import batching, packing, step
+from gdro_jax.training import batching, config_io, packing, step
 from gdro_jax.training.config import TrainConfig
 from gdro_jax.training.optimiser import make_optimiser
 
 SIZE = {"prompts": 16, "rollouts": 8, "prompt": 64, "length": 512, "vocabulary": 8192, "layers": 4}
 MEAN = 64
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
 def batch(seed: int) -> step.Batch:
@@ -94,6 +99,38 @@ def on_mesh(shards: int, rows: int, microbatches: int, buckets: int, seeds: rang
     return {name: round(float(x), 4) for name, x in zip(names, np.mean(found, axis=0), strict=True)}
 
 
+PUBLISHED = {"1.7B": "qwen3_1_7b_dapo.yaml", "4B": "qwen3_4b_dapo.yaml", "8B": "qwen3_8b_dapo.yaml"}
+CHIPS = 64
+
+
+def of_slice(model: str, tensor: int, mean: int, buckets: int | None, seeds: range = range(3)) -> dict[str, float]:
+    """Means over steps of a shipped configuration with this `mesh.tensor`, and a microbatch a row of a shard."""
+    config = config_io.load(CONFIGS / PUBLISHED[model], [])
+    longest, prompt = config.sampling.max_new_tokens, config.data.max_prompt_tokens or 0
+    each, rows, shards = config.controller.mean_rollouts, config.rows_per_step, CHIPS // tensor
+    updates = config.train.minibatches
+    microbatches = rows // updates // shards
+    train = dataclasses.replace(config.train, length_buckets=buckets, microbatches=microbatches)
+    per_token, per_pair = work(PRESETS[model])
+    found = []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        used, before = np.minimum(rng.geometric(1 / mean, rows), longest), np.full(rows, prompt)
+        cuts = updates * shards * (1 if buckets is not None else microbatches)
+        cut: batching.Pieces | packing.Packed = batching.cut(np.full(rows // each, each), cuts, rng, each)
+        if buckets is not None:
+            mask, rewards = np.arange(longest) < used[:, None], np.arange(rows) % 2.0
+            cut = packing.pack_step(cut, train, mask, rewards, np.ones(rows, bool))
+        spent = packing.padding(cut, train, used, before, longest, prompt)
+        prompts = cut.prompts.size * (4 / 3 if buckets is not None else 1)
+        prompts *= prompt * (per_token + prompt / 2 * per_pair)
+        total = prompts + spent.tokens * per_token + spent.pairs * per_pair
+        shares = (spent.share(1.0, 0.0), spent.share(0.0, 1.0), spent.share(per_token, per_pair))
+        found.append((*shares, prompts / total, total))
+    names = ("of_tokens", "of_pairs", "of_flops", "prompts_share", "all_flops_forward")
+    return {name: float(f"{x:.4g}") for name, x in zip(names, np.mean(found, axis=0), strict=True)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--buckets", type=int, default=6)
@@ -102,7 +139,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--mesh", action="store_true", help="padding on several shards alone")
+    parser.add_argument("--published", action="store_true", help="padding of the shipped slice configurations alone")
     known = parser.parse_args()
+    if known.published:
+        for model, tensor in (("1.7B", 1), ("1.7B", 4), ("4B", 4), ("8B", 4)):
+            for mean in (512, 1024):
+                line = {"model": model, "chips": CHIPS, "tensor": tensor, "mean": mean}
+                for buckets in (None, 8, 12):
+                    line[f"{buckets} buckets"] = of_slice(model, tensor, mean, buckets)
+                print(json.dumps(line), flush=True)
+        return
     if known.mesh:
         for shards, rows, microbatches in MESHES:
             line = {"workload": "W3 lengths on a mesh", "shards": shards, "rows": rows, "microbatches": microbatches}

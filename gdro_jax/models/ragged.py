@@ -162,5 +162,5 @@ class _Group(NamedTuple):
         return *(self.take_tokens(x) for x in arrays[:3]), *(x[self.prompts] for x in arrays[3:])
 
     def attention(self, kernel: str, mask: jax.Array):
-        causal = attention.causal(kernel, self.real, mask[self.prompts])
+        causal = attention.causal(kernel, self.real, mask[self.prompts], remade=True)
         return lambda q, k, v, *shared: causal(q, k, v, shared)

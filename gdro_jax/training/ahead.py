@@ -1,4 +1,4 @@
-"""The update compiled before anything is sampled, at a step's shapes: one that does not fit is seen at the start."""
+"""The update compiled and run before anything is sampled, at a step's shapes: one that does not fit is seen then."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from gdro_jax import host_memory, sampling
-from gdro_jax.training import batching, footprint, packing, setup, step
+from gdro_jax.training import batching, footprint, packing, processes, setup, step
 from gdro_jax.training.config import TrainConfig
 
 
@@ -18,7 +18,9 @@ def blank(
     cut: batching.Pieces,
     config: TrainConfig,
 ) -> step.Batch:
-    """A batch of a step's shapes and types, with empty responses.
+    """A batch of a step's shapes and types, with responses of one token, that leaves no trace.
+
+    Its weights are NaN: an update with it is left out, and gives back the learner that it was given.
 
     Args:
       prompts, prompt_mask: [P, L], of a step.
@@ -29,11 +31,12 @@ def blank(
     """
     rows = int(rollouts.sum())
     out, rewards, scorable = sampling.empty(rows, longest), np.zeros(rows, np.float32), np.ones(rows, bool)
+    out.mask[:, 0] = True
     pieces = cut if config.length_buckets is None else packing.pack_step(cut, config, out.mask, rewards, scorable)
     return step.Batch(
         prompts=prompts,
         prompt_mask=prompt_mask,
-        weights=np.ones(len(prompts), np.float32),
+        weights=np.full(len(prompts), np.nan, np.float32),
         prompt_index=batching.flat_index(rollouts),
         tokens=out.tokens,
         mask=out.mask,
@@ -44,18 +47,38 @@ def blank(
     )
 
 
-def compile_update(
-    update: jax.stages.Wrapped, learner: step.Learner, reference: Any, batch: step.Batch, *more: Any
-) -> None:
-    """Compiles `step.compiled_update` for these arguments; the call that follows finds it compiled.
+def try_update(update: jax.stages.Wrapped, learner: step.Learner, reference: Any, batch: step.Batch, *more: Any) -> Any:
+    """Compiles `step.compiled_update` for these arguments and runs it once; the calls that follow find it compiled.
+
+    Args:
+      update: which takes over the learner's memory.
+      batch: of `blank`.
+      more: what it is compiled for besides shapes.
+
+    Returns:
+      The learner, unchanged.
 
     Raises:
-      setup.InputError: the compiler refuses it for its memory.
+      setup.InputError: the compiler refuses it for its memory, or a device has too little left to run it.
     """
     compiled, _ = footprint.measured(update.lower(learner, reference, batch, *more))
     host_memory.trim()
     if compiled.refused is not None:
-        raise setup.InputError(
-            f"train.microbatches={more[0].microbatches}: the update does not fit a device ({compiled.refused}); "
-            "`gdro plan` says what to change"
-        )
+        raise _does_not_fit(more[0], compiled.refused)
+    if jax.config.jax_debug_nans:  # type: ignore[attr-defined]  # the run would end here
+        return learner
+    processes.gathered(None)  # one that compiles for longer is waited for: the first collective of a program may not be
+    try:
+        return jax.block_until_ready(update(learner, reference, batch, *more).learner)
+    except jax.errors.JaxRuntimeError as error:
+        refused = footprint.too_large(error)
+        if refused is None or processes.count() > 1:  # others, with more memory left, wait for this one
+            raise
+        raise _does_not_fit(more[0], refused) from None
+
+
+def _does_not_fit(config: TrainConfig, why: str) -> setup.InputError:
+    return setup.InputError(
+        f"train.microbatches={config.microbatches}: the update does not fit a device ({why}); "
+        "`gdro plan` says what to change"
+    )

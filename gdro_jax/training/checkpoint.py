@@ -7,6 +7,7 @@ Randomness is stateless (every key derives from seed, step and purpose) and the 
 import contextlib
 import logging
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +20,10 @@ from gdro_jax.models.checkpoint import CheckpointError
 Tree = TypeVar("Tree")
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; its text is one line."""
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -28,7 +33,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path, keep: int):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is raised, and said once
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
@@ -37,12 +42,22 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, arrays: Any, counters: dict[str, Any]) -> None:
-        """Saves a pytree of arrays and a JSON-able dict of counters; a step saved before is left as it is."""
+        """Saves a pytree of arrays and a JSON-able dict of counters; a step saved before is left as it is.
+
+        Raises:
+          SaveError: the disk is full, say; the checkpoints before are whole.
+        """
         if step in self._manager.all_steps():
             return
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(_flat(arrays)), counters=ocp.args.JsonSave(counters))
-        self._manager.save(step, args=args)
-        self._manager.wait_until_finished()
+        try:
+            self._manager.save(step, args=args)
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            where = self._manager.directory / str(step)
+            raise SaveError(
+                f"{where}: cannot be written ({_reason(error)}); the checkpoints before are whole"
+            ) from error
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
         """The arrays of a step, in the structure, dtypes and sharding of `like`, and its counters.
@@ -113,8 +128,17 @@ def _readable(folder: pathlib.Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError | ValueError | KeyError) and type(error) is not Exception:
             raise  # Orbax raises these, plain, for arrays whose files are not there
-        first = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder}: cannot be read ({first[:200]})") from error
+        raise CheckpointError(f"{folder}: cannot be read ({_first_line(error.__cause__ or error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, which Orbax puts behind a chain of paths, before brackets."""
+    said = re.findall(r": ([^:\[]+) \[", str(error))
+    return said[0] if said else _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -31,15 +31,20 @@ def measured(lowered: jax.stages.Lowered, beside: int = 0) -> tuple[Compiled, ja
     try:
         done = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        refused = too_large(error)
+        if refused is None:
             raise
-        refused = str(error).strip().splitlines()[0]
         return Compiled(time.perf_counter() - begun, refused=refused, beside=beside), None
     seconds, memory = time.perf_counter() - begun, done.memory_analysis()
     assert memory is not None  # every backend that the trainer runs on analyses it
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = (memory.argument_size_in_bytes, results, memory.temp_size_in_bytes)
     return Compiled(seconds, *sizes, beside=beside), done
+
+
+def too_large(error: jax.errors.JaxRuntimeError) -> str | None:
+    """Why there was not enough memory, in one line; None for another error."""
+    return str(error).strip().splitlines()[0] if "RESOURCE_EXHAUSTED" in str(error) else None
 
 
 def held(tree: Any) -> int:

@@ -122,8 +122,8 @@ class Trainer:
     ) -> bool:
         """Trains to the last step; True when done, False when `stop` asked for an end.
 
-        `on_sampled` hears how far a step's sampling is, a segment at a time. A stop is heeded there too, in one process
-        (several would have to agree first): what the step has sampled is dropped, and sampled again on resuming.
+        `on_sampled` hears how far a step's sampling is, a segment at a time. A stop is heeded there too: what the step
+        has sampled is dropped, and sampled again on resuming.
         However it ends, by a fault too, everything up to the last whole step is in a checkpoint; only a fault in the
         update itself, which works in the state's own memory, leaves the checkpoint before, as any but `FAULTS_OF_ALL`
         does where there are several processes: the others, who must save with this one, may not know of it.
@@ -133,15 +133,15 @@ class Trainer:
           guard.NotFiniteError: too many updates in a row were left out.
         """
         stop = processes.agreed(stop)
-        whole = alone = processes.count() == 1  # whether all can save together
+        whole = processes.count() == 1  # whether all can save together
 
         def watch(number: int, progress: sampling.Progress) -> None:
             on_sampled(number, progress)
-            if alone and progress.done < progress.total and stop():
+            if progress.done < progress.total and stop():
                 raise _LeftError
 
         if self.step < self.config.run.steps and not stop():
-            self.compile_update()
+            self.try_update()
             self.check_agreement()
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
@@ -155,7 +155,7 @@ class Trainer:
                     break
                 try:
                     self._pending = self.one_step(watch)
-                except _LeftError:
+                except _LeftError:  # of all processes, after the same segment
                     break
                 if self._due(self.config.run.checkpoint_every):
                     self.save()
@@ -174,11 +174,11 @@ class Trainer:
             )
         return done
 
-    def compile_update(self) -> None:
-        """Compiles the update at a step's shapes, so that one which does not fit is seen before anything is sampled.
+    def try_update(self) -> None:
+        """Compiles the update at a step's shapes and runs it, so that one which does not fit is seen before sampling.
 
         Raises:
-          setup.InputError: it needs more memory than a device has.
+          setup.InputError: it needs more memory than a device has left.
         """
         counts = np.full(self.config.train.prompts_per_step, self.config.controller.mean_rollouts)
         some = np.arange(len(counts)) % len(self.tokens)
@@ -187,7 +187,8 @@ class Trainer:
             self.tokens[some], self.mask[some], counts, longest, self._cut(counts, 0), self.config.train
         )
         given = (self.state.learner, self.reference, self.parts.layout.whole(batch), *self._static)
-        ahead.compile_update(self._update, *given)
+        learner = ahead.try_update(self._update, *given)
+        self.state = self.state._replace(learner=learner)
         self.ledger.compile_seconds += self.compiles.seconds - before
 
     def check_agreement(self) -> agreement.Gap | None:

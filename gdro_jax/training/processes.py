@@ -123,10 +123,17 @@ class Membership:
       patience: seconds that the others are waited for then.
       ends_alike: errors that every process ends with by itself; after any other this one leaves at once, and the
         others end by the broken connection, or after `HEARTBEAT_SECONDS` of silence.
+      say_all: errors whose text is all there is to say; any other is shown with its traceback.
     """
 
-    def __init__(self, asked: Job | None, ends_alike: tuple[type[Exception], ...], patience: float = JOIN_SECONDS):
-        self._asked, self._ends_alike, self._patience = asked, ends_alike, patience
+    def __init__(
+        self,
+        asked: Job | None,
+        ends_alike: tuple[type[Exception], ...],
+        patience: float = JOIN_SECONDS,
+        say_all: tuple[type[Exception], ...] = (),
+    ):
+        self._asked, self._ends_alike, self._patience, self._say_all = asked, ends_alike, patience, say_all
 
     def __enter__(self) -> Self:
         if self._asked is not None:
@@ -138,10 +145,12 @@ class Membership:
     ) -> None:
         if value is None or isinstance(value, self._ends_alike) or count() == 1:
             return
-        traceback.print_exception(value)
+        why = " ".join(str(value).split())
+        if not isinstance(value, self._say_all):
+            traceback.print_exception(value)
+            why = f"{type(value).__name__} above is its own fault, or the loss of a process that has ended"
         sys.stderr.write(
-            f"process {number()} of {count()} ends: {type(value).__name__} above is its own fault, or the loss of a "
-            "process that has ended; the same command for each goes on from the last checkpoint\n"
+            f"process {number()} of {count()} ends: {why}; the same command for each goes on from the last checkpoint\n"
         )
         sys.stderr.flush()
         os._exit(1)  # an exit in order would wait for the others

@@ -84,3 +84,18 @@ def test_placement_keeps_rows_whole_and_prompts_together():
                 owners.append((int(index[row]), shard))
         assert sorted(seen) == list(range(21))
         assert len(set(owners)) <= 6 + shards - 1  # a prompt is on two shards only where the cut goes through its rows
+
+
+@pytest.mark.parametrize(
+    ("prompts", "each", "shards", "room"), [(8, 4, 4, 2), (6, 4, 4, 3), (8, 2, 16, 1), (3, 8, 2, 3)]
+)
+def test_a_shard_has_room_for_its_share_where_all_prompts_get_equally_many_rows(prompts, each, shards, room):
+    """One prompt more where a shard's rows are no whole prompts; twice the share, or all it can need, elsewhere."""
+    tokens, index = np.ones((prompts, 4), np.int32), np.repeat(np.arange(prompts, dtype=np.int32), each)
+    given = (tokens, tokens > 0, index, index, index * 0, index * 0 + 1, shards)
+    even, rows = place(*given, even=True)
+    uneven, same_rows = place(*given)
+    assert len(even.tokens) == shards * room
+    assert len(uneven.tokens) == shards * min(prompts, len(index) // shards, 2 * -(-prompts // shards))
+    np.testing.assert_array_equal(rows, same_rows)
+    np.testing.assert_array_equal(even.prompt, uneven.prompt)  # the room alone is another

@@ -208,7 +208,7 @@ def test_a_fault_leaves_a_checkpoint_of_the_last_whole_step(configure, launch, h
     train(whole)
     first = launch(config)
     lower = first._update.lower
-    first._update = boom_after(first._update, 2)
+    first._update = boom_after(first._update, 3)  # one tried before anything is sampled
     first._update.lower = lower
     with pytest.raises(RuntimeError, match="boom"):
         train(first)
@@ -298,7 +298,7 @@ def test_the_step_compiles_once(configure, launch, watch_update):
     trainer = launch(configure(*sample, "run.steps=5", "train.minibatches=2"))
     update = watch_update(trainer)
     records = train(trainer)
-    assert update.compiled == [0] * 5  # it was, before anything was sampled
+    assert update.compiled == [0] * 6  # it was, and tried, before anything was sampled
     compiles = [record["compiles"] for record in records]
     assert compiles[1] > 0 and compiles[1:] == [compiles[1]] * 4  # none after the second step
     uneven = [record["bins"]["rollouts"] for record in records]
@@ -306,13 +306,29 @@ def test_the_step_compiles_once(configure, launch, watch_update):
     assert trainer.compiles.count == compiles[-1]
 
 
-def test_an_update_that_does_not_fit_is_seen_before_anything_is_sampled(configure, launch, monkeypatch):
+MANY = pytest.param(("train.length_buckets=2", "train.minibatches=2", "train.optimiser=muon"), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("options", [(), MANY])
+def test_the_update_that_is_tried_leaves_no_trace(options, configure, launch):
+    trainer = launch(configure("train.weight_decay=0.1", *options))
+    before = jax.tree.map(np.array, trainer.state.learner)
+    trainer.try_update()
+    jax.tree.map(np.testing.assert_array_equal, trainer.state.learner, before)
+
+
+@pytest.mark.parametrize("when", ["compiled", "run"])
+def test_an_update_that_does_not_fit_is_seen_before_anything_is_sampled(when, configure, launch, monkeypatch):
     trainer = launch(configure())
 
     def refuse(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20G of 16G.\nand a page of details")
 
-    trainer._update = SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=refuse))
+    if when == "compiled":
+        trainer._update = SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=refuse))
+    else:
+        refuse.lower = trainer._update.lower
+        trainer._update = refuse
     monkeypatch.setattr(trainer._sampler, "stream", lambda *args: pytest.fail("sampled"))
     says = (
         r"^train.microbatches=1: the update does not fit a device \(RESOURCE_EXHAUSTED: Used 20G of 16G.\); `gdro plan`"
@@ -389,6 +405,7 @@ def test_weights_of_the_current_batch_are_used_and_logged(configure, launch):
     watched_update.lower = update.lower
     trainer._update, trainer._learn = watched_update, watched_learn
     records = train(trainer)
+    assert np.isnan(used.pop(0)).all()  # of the update that is tried before anything is sampled
     for record, weights, (plan, want) in zip(records, used, after, strict=True):
         np.testing.assert_allclose(weights, want, rtol=1e-6)
         for b in set(plan.bins.tolist()):

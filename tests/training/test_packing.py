@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdro_jax.training import batching, dealing, mesh, packing, step
+from gdro_jax.models import attention, qwen3
+from gdro_jax.training import batching, config_io, dealing, mesh, packing, plan, setup, step
 from gdro_jax.training.config import TrainConfig
 from gdro_jax.training.optimiser import make_optimiser
 
@@ -215,7 +216,7 @@ def test_a_run_takes_buckets(configure, launch, watch_update):
     records, update = [], watch_update(trainer)
     assert trainer.run(records.append) and len(records) == 1
     assert np.isfinite(records[0]["loss"]) and records[0]["grad_norm"] > 0 and 0 <= records[0]["train_padding"] < 1
-    assert update.compiled == [0]  # it was, before anything was sampled
+    assert update.compiled == [0, 0]  # it was, and tried, before anything was sampled
 
 
 @pytest.mark.slow
@@ -233,3 +234,24 @@ def test_a_run_with_buckets_is_the_run_without(configure, launch):
         assert 0 <= a["train_padding"] < 1 and a["train_padding"] != b["train_padding"]
     for a, b in zip(runs["2"][1], runs["null"][1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.local_device_count() < 8, reason="needs 8 host devices")
+def test_streams_on_a_mesh_take_the_kernel_of_tpus():
+    """Traced alone: the kernel's gradient is taken a group at a time, inside the map over shards."""
+    fields = {"train.prompts_per_step": "8", "controller.mean_rollouts": "2", "sampling.max_new_tokens": "17"}
+    fields |= {"train.length_buckets": "2", "mesh.fsdp": "4", "mesh.tensor": "2", "model.remat": "block"}
+    config = config_io.load(None, list(fields.items()))
+    layout = setup.layout(config)
+    architecture = qwen3.Qwen3Config(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=128
+    )
+    shape = plan.shapes(config, 8, layout)
+
+    def traced():
+        learner, batch, reference = plan._arguments(config, architecture, shape, attention.INTERPRETED)
+        return step.update(learner, reference, batch, config.train, 1.0, layout)
+
+    assert shape.shards == 4 and config.train.kl_coef > 0
+    assert jax.eval_shape(traced).signal.shape == (8,)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from gdro_jax import cli, commands, rewards
+from gdro_jax import cli, commands, rewards, sampling
 from gdro_jax.models import hf
 from gdro_jax.models.checkpoint import CheckpointError
 from gdro_jax.training import InputError, export, guard, processes, run_folder, run_log, setup
@@ -49,17 +49,17 @@ def settings(tmp_path, tiny_folder, output, **more):
 class Pair:
     """Two processes of one job, two devices each."""
 
-    def __init__(self, words, second=()):
+    def __init__(self, words, second=(), command="train"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
         environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-        command = [sys.executable, "-m", "gdro_jax.cli", "train"]
+        program = [sys.executable, "-m", "gdro_jax.cli", command]
         self.running = [
             subprocess.Popen(
-                [*command, *words, *(second if number else ()), f"--process-id={number}"],
+                [*program, *words, *(second if number else ()), f"--process-id={number}"],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -169,6 +169,21 @@ def test_two_processes_do_all_that_one_does_and_one_goes_on_with_it(tmp_path, ti
     saved, alone = (hf.load(tmp_path / run / "model").arrays() for run in ("both", "alone"))
     for name, array in alone.items():
         np.testing.assert_allclose(saved[name], array, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_compare_as_one_does(tmp_path, tiny_folder, problems):
+    words = [word for word in settings(tmp_path, tiny_folder, "", run__steps=1) if not word.startswith("--run.output")]
+    words += ["--compare.methods={uniform: , joint: }", "--compare.seeds=[1]"]
+    alone = ["--mesh.fsdp=1", "--mesh.data=1", f"--compare.output={tmp_path / 'alone'}"]
+    assert cli.main(["compare", *words, *alone]) == 0
+    codes, lines, out = Pair([*words, f"--compare.output={tmp_path / 'both'}"], command="compare").ended()
+    assert codes == [0, 0], lines
+    assert out[0][-1] == str(tmp_path / "both" / "report.html") and out[1] == []
+    for label in ("uniform-seed1", "joint-seed1"):
+        (got,), (want,) = (logged(tmp_path / folder / label) for folder in ("both", "alone"))
+        for name in ("loss", "grad_norm", "reward", "response_length"):
+            assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -304,6 +319,17 @@ def test_a_folder_that_is_not_shared_is_refused_with_an_old_run_in_it_too(config
         InputError, match=r"run.output=.*local': what process 0 writes there is not seen within 0 s; all"
     ):
         run_folder.claim(there)
+
+
+def test_a_stop_of_another_process_is_heard_within_a_segment(configure, launch, monkeypatch):
+    trainer, heard = launch(configure("run.steps=1")), []
+    segment = sampling.Progress(np.zeros(0, int), 5, 24, 40, 48)
+    monkeypatch.setattr(trainer, "try_update", lambda: None)
+    monkeypatch.setattr(trainer._sampler, "stream", lambda *args: iter([segment] * 3))
+    Two(monkeypatch, other=lambda value: bool(heard) if value is False else value)
+    assert trainer.run(lambda record: None, on_sampled=lambda step, progress: heard.append(progress)) is False
+    assert heard == [segment]
+    assert trainer.step == trainer.checkpoints.latest() == 0
 
 
 def test_another_last_checkpoint_is_refused(configure, launch, monkeypatch):

@@ -1,6 +1,7 @@
 """Log records and checkpoints: what is written is what comes back, whatever cut the run off."""
 
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from gdro_jax import sampling
 from gdro_jax.training import records
-from gdro_jax.training.checkpoint import Checkpoints
+from gdro_jax.training.checkpoint import Checkpoints, SaveError
 from gdro_jax.training.progress import Progress, sparkline
 
 
@@ -101,6 +102,29 @@ def test_checkpoints_are_exact(tmp_path):
     assert again.restore(2, blank)[1] == {"seen": 2}
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]  # the oldest is gone
     again.close()
+
+
+@pytest.mark.parametrize("room", [0, 4_000])
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_those_before_are_whole(tmp_path, room, capfd):
+    """The process may write no file of more bytes, as on a disk that is full."""
+    state = {"f": jnp.arange(100_000.0)}
+    store = Checkpoints(tmp_path / "checkpoints", keep=2)
+    store.save(1, state, {"seen": 1})
+    other = jax.tree.map(jnp.cos, state)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(
+            SaveError, match=r"checkpoints/2: cannot be written \(.{0,12}File too large\); the"
+        ) as caught:
+            store.save(2, other, {"seen": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
+    assert store.latest() == 1 and store.restore(1, state)[1] == {"seen": 1}
+    store.save(2, state, {"seen": 2})  # once there is room
+    assert store.latest() == 2
+    store.close()
 
 
 class Stream:

@@ -1,0 +1,89 @@
+"""The tables of docs/training.md are the figures that were measured, and those of the shipped configurations."""
+
+import json
+import pathlib
+from typing import Any
+
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "benchmarks" / "results"
+DOCS = (ROOT / "docs" / "training.md").read_text()
+
+
+def table(header: str) -> list[list[str]]:
+    """The rows of the table under a header line."""
+    lines = DOCS[DOCS.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
+
+
+def test_the_published_steps_on_tpu_slices() -> None:
+    """Each line is of a configuration as it is shipped now."""
+    updates, samplers = {}, {}
+    for line in results("step_compile.jsonl"):
+        (samplers if line.get("program") == "sampler" else updates)[line["model"]] = line
+        config = yaml.safe_load((ROOT / "experiments" / "configs" / line["config"]).read_text())
+        for field, value in line["changes"].items():
+            section, name = field.split(".")
+            assert str(config[section][name]) == value
+        mesh = {"tensor": 1} | config["mesh"]
+        assert line["mesh"] == mesh | {"data": 64 // mesh["fsdp"] // mesh["tensor"]}
+        if line is updates.get(line["model"]):
+            pieces = config["train"]["minibatches"] * config["train"]["microbatches"] * line["shape"]["shards"]
+            assert line["fits"] and line["shape"]["pieces"] == pieces
+            assert (line["shape"]["packed"] is not None) == ("length_buckets" in config["train"])
+    kept = {"1.7B": 0.401, "4B": 0.2, "8B": 0.5}  # of the policy at the start, as the text says
+    for model, *cells in table("| model | data x fsdp x tensor |"):
+        update, sampler = updates[model]["gib"], samplers[model]
+        assert cells[3] == f"{update['total'] + (0 if 'beside' in update else kept[model]):.1f}"
+        assert cells[4:] == [f"{sampler[name]['gib']['total']:.1f}" for name in ("start", "segment", "growing")]
+        assert all(sampler[name]["fits"] for name in ("start", "segment", "growing"))
+
+
+def test_padding_of_the_published_steps() -> None:
+    lines = results("length_buckets_published.jsonl")
+    for row, line in zip(table("| model, `mesh.tensor`, mean length |"), lines, strict=True):
+        padded, eight, twelve = (line[f"{n} buckets"] for n in (None, 8, 12))
+        flops = ", ".join(f"{x['of_flops']:.0%}"[:-1] for x in (padded, eight, twelve))
+        work = eight["all_flops_forward"] / padded["all_flops_forward"]
+        wanted = [f"{line['model']}, {line['tensor']}, {line['mean']}", f"{flops} %"]
+        assert row == [*wanted, percent(eight["prompts_share"]), f"{work:.2f}"]
+
+
+def test_padding_of_streams() -> None:
+    padding = results("length_buckets.json")[0]["padding"]
+    for setting, *cells in table("| `length_buckets`, `microbatches` | padding of tokens |"):
+        name = "padded" if setting == "off" else "{} buckets, {} microbatches".format(*setting.split(", "))
+        got = padding[name]
+        assert cells[:3] == [percent(got[kind]) for kind in ("of_tokens", "of_pairs", "of_flops")]
+
+
+def test_padding_on_a_mesh() -> None:
+    rows = table("| shards, rows, `microbatches` | padding of tokens |")
+    for row, line in zip(rows, results("length_buckets_mesh.jsonl"), strict=True):
+        most = line["12 buckets"]
+        flops = ", ".join(f"{line[f'{n} buckets']['of_flops']:.0%}"[:-1] for n in (6, 8, 12))
+        setting = f"{line['shards']}, {line['rows']}, {line['microbatches']}"
+        assert row == [setting, percent(most["of_tokens"]), percent(most["of_pairs"]), f"{flops} %"]
+
+
+def test_time_and_memory_next_to_the_peer() -> None:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in results("training.jsonl"):
+        if "peak_rss_mib" in line:
+            found.setdefault(line["workload"], {})["theirs" if "lib" in line else "ours"] = line
+    for row in table("| | seconds | Tunix | ratio | asked |"):
+        ours, theirs = found[row[0].split(",")[0]].values()
+        assert row[0].endswith(f"{ours['microbatches']} microbatches")
+        seconds, memory = (ours["median_s"], theirs["median_s"]), (ours["peak_rss_mib"], theirs["peak_rss_mib"])
+        assert row[1:4] == [f"{seconds[0]:.1f}", f"{seconds[1]:.1f}", f"{seconds[0] / seconds[1]:.2f}"]
+        assert row[5:8] == [f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"{memory[0] / memory[1]:.2f}"]
+        assert row[9] == f"{ours['share_of_matrix_rate']:.2f}"
