@@ -178,15 +178,17 @@ def test_a_base_that_became_another_and_a_checkpoint_without_its_arrays_are_name
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_removed_from_a_checkpoint_is_one_line_or_does_not_matter(configure, launch, tmp_path, capsys):
-    """Each folder and manifest in turn: exporting and resuming give the very numbers, or say what cannot be read."""
+def test_what_is_removed_from_a_checkpoint_is_one_line(configure, launch, tmp_path, capsys):
+    """Resuming and exporting say what cannot be read; an export needs no counters."""
     trainer = launch(configure())
     trainer.save()
     trainer.close()
     state, run, refused = trainer.state, tmp_path / "run", set()
     step = run / "checkpoints" / "0"
     good = shutil.copytree(step, tmp_path / "good")
-    for path in sorted(p.relative_to(good) for p in good.rglob("*") if p.is_dir() or p.suffix == ".ocdbt"):
+    for path in map(
+        pathlib.Path, ("counters", "arrays", "arrays/d", "arrays/manifest.ocdbt", "arrays/ocdbt.process_0")
+    ):
         shutil.rmtree(step)
         shutil.copytree(good, step)
         shutil.rmtree(step / path) if (step / path).is_dir() else (step / path).unlink()
@@ -196,13 +198,12 @@ def test_what_is_removed_from_a_checkpoint_is_one_line_or_does_not_matter(config
         except CheckpointError as error:
             refused.add(str(path))
             assert "\n" not in str(error) and f"{step}: cannot be read (" in str(error), path
-        if str(path) in refused and str(path) != "counters":
+        if str(path) != "counters":
             assert f"{step}: " in bad(capsys, run, tmp_path / "out")
         else:
             export(str(run), str(tmp_path / "out"))
             assert_equal(hf.load(tmp_path / "out"), state.learner.model.arrays(), "float32")
-    wanted = {"counters", "arrays", "arrays/d", "arrays/manifest.ocdbt", "arrays/ocdbt.process_0"}
-    assert refused >= {*wanted, "arrays/ocdbt.process_0/d"}
+    assert len(refused) == 5
 
 
 def test_an_export_goes_parameter_by_parameter_on_the_host(run, tmp_path, monkeypatch) -> None:
