@@ -87,3 +87,12 @@ def test_time_and_memory_next_to_the_peer() -> None:
         assert row[1:4] == [f"{seconds[0]:.1f}", f"{seconds[1]:.1f}", f"{seconds[0] / seconds[1]:.2f}"]
         assert row[5:8] == [f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"{memory[0] / memory[1]:.2f}"]
         assert row[9] == f"{ours['share_of_matrix_rate']:.2f}"
+
+
+def test_what_a_kernel_for_the_head_could_win() -> None:
+    rows = table("| model, `mesh.tensor`, chip | products |")
+    for row, line in zip(rows, results("head_roofline.jsonl"), strict=True):
+        chunks = [line[f"chunk_{chunk}"] for chunk in (256, 1024, 4096)]
+        milliseconds = [chunks[0]["seconds_arithmetic"], *(chunk["seconds_memory"] for chunk in chunks)]
+        assert row[0] == f"{line['model']}, {line['tensor']}, {line['chip']}"
+        assert row[1:] == [f"{1000 * seconds:.1f}" for seconds in milliseconds]
