@@ -103,7 +103,7 @@ def regrade(folder: str, config: Config) -> None:
         ]
         changed = sum(a[:5] != b[:5] for a, b in zip(before, rows, strict=True))
         sys.stderr.write(f"{name}: {changed} of {len(rows)} grades changed\n")
-        store.write_rows(place / f"{name}.responses.jsonl", [row._asdict() for row in rows])
+        store.replace(place, name, rows)
         scores[name] = score.score(problems, rows, saved.settings["samples"], whole_response=kind == "exact")
     _report(scores, place, {})
 
@@ -230,7 +230,7 @@ def _sample(
                 return None
     kept.sort(key=lambda row: (row.problem, row.rank))
     if place is not None:
-        store.write_rows(place / f"{name}.responses.jsonl", [row._asdict() for row in kept])
+        store.replace(place, name, kept)
     return kept
 
 

@@ -1,12 +1,13 @@
 """Samples a policy on a set of problems and grades what it says: the counts behind mean@k and pass@k."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from gdro_jax.data.prompts import Prompts, pad
+from gdro_jax.data.sources import Problem
 from gdro_jax.rewards import Grading
 from gdro_jax.sampling import Rollouts, Sampler, empty
 
@@ -81,8 +82,7 @@ def responses(
         batch = todo[start : start + size]
         filled = [*batch, *[batch[-1]] * (size - len(batch))]
         owners = [prompts.problems[place] for place in filled for _ in range(samples)]
-        ranks = [row % samples for row in range(len(owners))]
-        wanted = np.array([(it.id, rank) not in kept for it, rank in zip(owners, ranks, strict=True)])
+        wanted = np.array([(it.id, row % samples) not in kept for row, it in enumerate(owners)])
         wanted[len(batch) * samples :] = False
         longest = sampler.config.max_new_tokens
         out = empty(len(owners), longest)
@@ -94,31 +94,36 @@ def responses(
             key,
             np.where(wanted, longest, 1).astype(np.int32),  # of the rest a token is drawn and forgotten
         )
-
-        def graded(rows: np.ndarray, out=out, owners=owners, ranks=ranks) -> tuple[list[Graded], int]:
-            lengths = out.mask[rows].sum(axis=1).tolist()
-            said = texts(Rollouts(*(x[rows] for x in out)), tokenizer, sampler.config.stop_tokens)
-            grades = verifier.grade(said, [owners[row].answer for row in rows])
-            return [
-                Graded(
-                    problem=owners[row].id,
-                    rank=ranks[row],
-                    response=said[i],
-                    score=float(grades.scores[i]),
-                    scorable=bool(grades.scorable[i]),
-                    finished=bool(out.finished[row]),
-                    tokens=lengths[i],
-                    reason=grades.reasons.get(i),
-                )
-                for i, row in enumerate(rows.tolist())
-            ], sum(lengths)
-
-        for look in looks:
-            ended = np.sort(look.rows[wanted[look.rows]])
-            if as_they_finish:
-                yield graded(ended) if len(ended) else ([], 0)
+        parts: Iterable[np.ndarray] = (np.sort(look.rows[wanted[look.rows]]) for look in looks)
         if not as_they_finish:
-            yield graded(np.flatnonzero(wanted))
+            parts = [np.sort(np.concatenate(list(parts)))]
+        for rows in parts:
+            if not rows.size:
+                yield [], 0
+                continue
+            said = texts(Rollouts(*(x[rows] for x in out)), tokenizer, sampler.config.stop_tokens)
+            ranked = [(owners[row], row % samples) for row in rows.tolist()]
+            yield _graded(ranked, said, out.finished[rows], out.mask[rows].sum(axis=1), verifier)
+
+
+def _graded(
+    ranked: list[tuple[Problem, int]], said: list[str], finished: np.ndarray, lengths: np.ndarray, verifier: Grading
+) -> tuple[list[Graded], int]:
+    """Responses to problems, with their ranks, and how many tokens they have together."""
+    grades = verifier.grade(said, [problem.answer for problem, _ in ranked])
+    return [
+        Graded(
+            problem=problem.id,
+            rank=rank,
+            response=said[i],
+            score=float(grades.scores[i]),
+            scorable=bool(grades.scorable[i]),
+            finished=bool(finished[i]),
+            tokens=int(lengths[i]),
+            reason=grades.reasons.get(i),
+        )
+        for i, (problem, rank) in enumerate(ranked)
+    ], int(lengths.sum())
 
 
 def count(batches: Iterator[tuple[list[Graded], int]], num_problems: int) -> Counts:

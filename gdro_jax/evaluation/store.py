@@ -71,7 +71,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], within: str = "") ->
 
 def resume(folder: pathlib.Path, name: str) -> list[Graded]:
     """Responses graded so far; the line that was being written at an interrupt is cut off the file."""
-    file = folder / f"{name}.responses.jsonl"
+    file = _responses(folder, name)
     if not file.is_file():
         return []
     rows: dict[tuple[int, int], Graded] = {}
@@ -81,13 +81,18 @@ def resume(folder: pathlib.Path, name: str) -> list[Graded]:
         except (ValueError, TypeError):  # the line that was being written
             continue
         rows[row.problem, row.rank] = row
-    write_rows(file, [row._asdict() for row in rows.values()])
+    replace(folder, name, rows.values())
     return list(rows.values())
+
+
+def replace(folder: pathlib.Path, name: str, rows: Iterable[Graded]) -> None:
+    """Writes the responses of a set in place of those that its file holds, whole or not at all."""
+    write_rows(_responses(folder, name), (row._asdict() for row in rows))
 
 
 def append(folder: pathlib.Path, name: str, rows: Iterable[Graded]) -> None:
     """Adds responses to a set's file."""
-    with (folder / f"{name}.responses.jsonl").open("a", encoding="utf-8") as file:
+    with _responses(folder, name).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row._asdict()) + "\n" for row in rows))
 
 
@@ -104,7 +109,7 @@ def read(folder: pathlib.Path) -> Saved:
         try:
             found = _lines(folder / f"{name}.problems.jsonl")
             problems[name] = tuple(Problem(**(row | {"prompt": row["prompt"] or ""})) for row in found)
-            responses[name] = [Graded(**row) for row in _lines(folder / f"{name}.responses.jsonl")]
+            responses[name] = [Graded(**row) for row in _lines(_responses(folder, name))]
         except (TypeError, KeyError):
             raise StoreError(f"{folder}: {name} was not written by gdro eval") from None
         wanted = len(problems[name]) * settings["samples"]
@@ -114,6 +119,10 @@ def read(folder: pathlib.Path) -> Saved:
                 "again to finish it"
             )
     return Saved(settings, problems, responses)
+
+
+def _responses(folder: pathlib.Path, name: str) -> pathlib.Path:
+    return folder / f"{name}.responses.jsonl"
 
 
 def write_rows(file: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:

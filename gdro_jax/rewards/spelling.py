@@ -10,7 +10,10 @@ NO_ANSWERS = frozenset({"todo", "tbd", "tba", "fixme", "n/a", "na", "null", "nan
 CHAIN = 0.01
 """Relative difference at which the numbers of ``x=1/3=0.333`` still are one."""
 
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{\s*([^{}]*?)\s*\}")
+TEXT_MACRO = r"\\(?:text|textbf|mathrm|mbox)"
+"""Pattern of the commands that set words within mathematics."""
+
+_TEXT = re.compile(TEXT_MACRO + r"\{\s*([^{}]*?)\s*\}")
 _NUMPY = re.compile(
     r"(?<![A-Za-z0-9.\\])(?:np|numpy)\.(arcsin|arccos|arctan|sin|cos|tan|exp|log|sqrt|pi)(?![A-Za-z0-9])"
 )

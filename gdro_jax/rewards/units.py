@@ -7,6 +7,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from gdro_jax.rewards.spelling import TEXT_MACRO
+
 MAX_CHARS = 200
 """Longest answer that a unit is looked for in."""
 
@@ -22,10 +24,8 @@ _SPELLINGS = {
 }
 _UNITS = {name: unit for unit, names in _SPELLINGS.items() for name in names.split()}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "2": 2, "cubic": 3, "cubed": 3, "3": 3}
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}")
-_TAIL = re.compile(
-    r"(.*?[0-9)}])((?:\\(?:text|textbf|mathrm|mbox)\{[^{}]*\}|\\[,;:! ]|[A-Za-z/~.\s]|\^\{?[23]\}?)+)", re.DOTALL
-)
+_WRAPPED = re.compile(TEXT_MACRO + r"\{([^{}]*)\}")
+_TAIL = re.compile(r"(.*?[0-9)}])((?:" + TEXT_MACRO + r"\{[^{}]*\}|\\[,;:! ]|[A-Za-z/~.\s]|\^\{?[23]\}?)+)", re.DOTALL)
 _PART = re.compile(r"(?:(square|sq|cubic)\.? )?([a-z]+)(?: ?\^\{?([23])\}?| (squared|cubed))?")
 
 
