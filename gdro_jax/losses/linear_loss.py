@@ -138,23 +138,25 @@ def _run(
         zeros(weight.shape) if wanted[1] else None,
     )
 
+    def chunks(form: Form, weight: Array, sums: _Sums, *columns: Array) -> _Sums:
+        def step(number: Array, carry: tuple[_Sums, Any]) -> tuple[_Sums, Any]:
+            sums, room = carry
+            start = number * size
+            slices = [jax.lax.dynamic_slice_in_dim(c, start, size) for c in columns]
+            part, room = _chunk(form, static, wanted, room, weight, sums.weight_bar, *slices)
+            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+            hidden_bar = None if part.hidden_bar is None else put(sums.hidden_bar, part.hidden_bar)
+            logprobs, entropy = put(sums.logprobs, part.logprobs), put(sums.entropy, part.entropy)
+            return _Sums(sums.loss + part.loss, logprobs, entropy, hidden_bar, part.weight_bar), room
+
+        begun = (sums, form.room(size, weight.shape[0]) if wanted[1] else None)
+        if padded == size:
+            return step(jnp.int32(0), begun)[0]
+        return jax.lax.fori_loop(0, -(-active.sum(dtype=jnp.int32) // size), step, begun)[0]
+
     blocked = any(wanted) and weight.shape[0] >= 2 * BLOCK
-    one = partial(_chunk, WHOLE, static, wanted)
-    cpu = partial(_chunk, BLOCKED if blocked else WHOLE, static, wanted)
-
-    def step(number: Array, sums: _Sums) -> _Sums:
-        start = number * size
-        slices = [jax.lax.dynamic_slice_in_dim(c, start, size) for c in columns]
-        part = jax.lax.platform_dependent(weight, sums.weight_bar, *slices, cpu=cpu, default=one)
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        hidden_bar = None if part.hidden_bar is None else put(sums.hidden_bar, part.hidden_bar)
-        logprobs, entropy = put(sums.logprobs, part.logprobs), put(sums.entropy, part.entropy)
-        return _Sums(sums.loss + part.loss, logprobs, entropy, hidden_bar, part.weight_bar)
-
-    if padded == size:
-        sums = step(jnp.int32(0), sums)
-    else:
-        sums = jax.lax.fori_loop(0, -(-active.sum(dtype=jnp.int32) // size), step, sums)
+    cpu = BLOCKED if blocked else WHOLE
+    sums = jax.lax.platform_dependent(weight, sums, *columns, cpu=partial(chunks, cpu), default=partial(chunks, WHOLE))
     back = jnp.argsort(order)
     hidden_bar = None if sums.hidden_bar is None else sums.hidden_bar[back]
     return sums._replace(logprobs=sums.logprobs[back], entropy=sums.entropy[back], hidden_bar=hidden_bar)
@@ -164,22 +166,23 @@ def _chunk(
     form: Form,
     static: _Static,
     wanted: tuple[bool, bool],
+    room: Any,
     weight: Array,
     weight_bar: Array | None,
     h: Array,
     target: Array,
     live: Array,
     *args: Array,
-) -> _Sums:
+) -> tuple[_Sums, Any]:
     """One chunk: h [n, D], target and live [n], slices of args; the head's gradient is added to `weight_bar`."""
-    head = form.ahead(h, weight, target, static.temperature)
+    head = form.ahead(h, weight, target, static.temperature, room)
     logprob, entropy = (jnp.where(live, x, 0.0) for x in (head.logprob, head.entropy))
 
     def objective(logprob: Array) -> Array:
         return jnp.where(live, static.loss_fn(logprob, *args), 0.0).sum()
 
     if not any(wanted):
-        return _Sums(objective(logprob), logprob, entropy, None, None)
+        return _Sums(objective(logprob), logprob, entropy, None, None), None
     loss, g = jax.value_and_grad(objective)(logprob)
-    bars = form.back(head.held, g / static.temperature, h, weight, target, weight_bar, wanted[0])
-    return _Sums(loss, logprob, entropy, *bars)
+    *bars, room = form.back(head.held, g / static.temperature, h, weight, target, weight_bar, wanted[0])
+    return _Sums(loss, logprob, entropy, *bars), room

@@ -10,6 +10,7 @@ Letters: P prompts, R rows, L prompt tokens, T response tokens, S any sequence, 
 C head size, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -44,9 +45,9 @@ class Qwen3(nnx.Module):
       config: the architecture (static).
       arrays: one array per name of `param_specs(config)`, of shape `stored_shape(config, spec)`.
       compute_dtype: of activations and of matrix products' inputs (static); None for the parameters' own.
-      remat: what the backward pass finds kept of a block's forward pass (static): `none` keeps everything it needs,
-        `products` the results of matrix products with weights, `block` the block's input alone; the rest is made
-        again. It changes no result.
+      remat: what the backward pass finds kept of a block's forward pass (static): `none` keeps what products and
+        attention take and give, `products` the results of matrix products with weights, `block` the block's input
+        alone; the rest is made again. It changes no result.
       kernel: of attention over whole prompts and responses (static), as `attention.choose` gives it.
       adapters: low-rank changes of some of the matrices, None for none.
 
@@ -263,16 +264,38 @@ def run_block(
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]],
 ) -> tuple[jax.Array, Aux]:
     """One pre-norm block: x [N, S, D], `turn` from `rotation`; `attend` does the mixing and returns what it keeps."""
-    c, w = config, lora.effective(weights, x.dtype)
+    w = lora.effective(weights, x.dtype)
+    mixed, aux = attend(*_queries_keys_values(config, w, x, turn))
+    x = x + _matmul(mixed.reshape(*x.shape[:2], -1), w["o_proj"]) + w.get("o_bias", 0)
+    return x + _feed_forward(config, w, x), aux
+
+
+# Between two matrix products nothing is kept for the backward pass: what is done to their results is cheaper to do
+# again than to write and read. (`prevent_cse` is for code outside of a scan.)
+_products_kept = functools.partial(
+    jax.checkpoint,
+    static_argnums=0,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+)
+
+
+@_products_kept
+def _queries_keys_values(
+    c: Qwen3Config, w: dict[str, jax.Array], x: jax.Array, turn: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     h = _rms_norm(x, w["input_norm"], c.rms_norm_eps)
     q, k, v = (_heads(_matmul(h, w[f"{n}_proj"]) + w.get(f"{n}_bias", 0), c.head_dim) for n in "qkv")
     q = rope.rotate(_rms_norm(q, w["q_norm"], c.rms_norm_eps), turn)
     k = rope.rotate(_rms_norm(k, w["k_norm"], c.rms_norm_eps), turn)
-    mixed, aux = attend(q, k, v)
-    x = x + _matmul(mixed.reshape(*x.shape[:2], -1), w["o_proj"]) + w.get("o_bias", 0)
+    return q, k, v
+
+
+@_products_kept
+def _feed_forward(c: Qwen3Config, w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     h = _rms_norm(x, w["post_norm"], c.rms_norm_eps)
     gated = jax.nn.silu(_matmul(h, w["gate_proj"])) * _matmul(h, w["up_proj"])
-    return x + _matmul(gated, w["down_proj"]), aux
+    return _matmul(gated, w["down_proj"])
 
 
 def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -63,8 +63,9 @@ class ModelConfig:
       dtype: of compute, and of the exported policy: `float32` or `bfloat16`.
       param_dtype: of the parameters that the optimiser changes, and of its state. A step smaller than 1/256 of a
         weight is lost in `bfloat16`, which a learning rate of 1e-6 always is; `float32` keeps it.
-      remat: what of each layer is kept for the backward pass: `none` all it needs, `products` the results of matrix
-        products, `block` the layer's input alone. Less memory for more time, the same result.
+      remat: what of each layer is kept for the backward pass: `none` what products and attention take and give,
+        `products` the results of matrix products, `block` the layer's input alone. Less memory for more time, the same
+        result.
       attention: the kernel over whole prompts and responses: `xla` anywhere, `cudnn` on NVIDIA GPUs in bfloat16,
         `splash` on TPUs where heads are of a multiple of 128; `auto` takes the platform's own in bfloat16, where it can
         run, else `xla`, which alone multiplies float32 in all of its bits.
