@@ -48,7 +48,7 @@ def one_round(device: jax.Device, chunk: int, width: int, vocab: int) -> tuple[f
     static = linear_loss._Static(clipped, 1.0, chunk)
     given = (of((vocab, width), "bfloat16"), of((vocab, width), "float32"), of((chunk, width), "bfloat16"))
     given += (of((chunk,), "int32"), of((chunk,), "bool"), of((chunk,), "float32"), of((chunk,), "float32"))
-    run = jax.jit(partial(linear_loss._chunk, WHOLE, static, (True, True)), donate_argnums=1)
+    run = jax.jit(partial(linear_loss._chunk, WHOLE, static, (True, True), None), donate_argnums=1)
     analysis = run.lower(*given).compile().cost_analysis()
     return float(analysis["flops"]), float(analysis["bytes accessed"])
 
