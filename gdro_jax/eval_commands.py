@@ -224,7 +224,7 @@ def _sample(
                 told = time.monotonic()
                 sys.stderr.write(f"{name}  {len(kept):,}/{total:,} responses  {tokens:,} tokens\n")
             failures += [row.reason for row in rows if not row.scorable]
-            if len(kept) >= min(total, per_call * samples):  # the first to finish are no sample of all
+            if len(kept) >= per_call * samples:  # the first to finish are no sample of all
                 rewards.check_failures(failures, len(kept), config.data.max_unscorable, name)
             if len(kept) < total and stop():
                 return None
@@ -232,6 +232,7 @@ def _sample(
     if place is not None:
         store.replace(place, name, kept)
     return kept
+    rewards.check_failures(failures, total, config.data.max_unscorable, name)  # of an earlier call's too
 
 
 def _report(scores: dict[str, score.Score], place: pathlib.Path | None, more: Mapping[str, Any]) -> None:
