@@ -26,7 +26,7 @@ def test_gold_answers_are_checked_and_named_by_line(configure, write):
     file = write("golds.jsonl", ("1+1=", "2"), ("one?", "one"), ("2+1=", "3"), ("many?", "many"))
     at = (f"data.train={file}", "data.verifier=numeric")
     with pytest.raises(DataError, match=r"golds\.jsonl, line 2: its answer cannot be graded, the gold answer is not a "
-                                        r"number; so are 1 more; data\.gold_check=drop"):  # fmt: skip
+                                        r"number; other such lines: 4; data\.gold_check=drop"):  # fmt: skip
         inputs.load(configure(*at))
     found = inputs.load(configure(*at, "data.gold_check=drop"))
     assert [(p.id, p.prompt, p.line) for p in found.train] == [(0, "1+1=", 1), (1, "2+1=", 3)]
@@ -34,6 +34,12 @@ def test_gold_answers_are_checked_and_named_by_line(configure, write):
         "golds.jsonl, line 2", "golds.jsonl, line 4", "data.benchmarks is null",
     ]  # fmt: skip
     assert len(inputs.load(configure(*at, "data.gold_check=null")).train) == 4
+
+
+def test_an_error_names_the_lines_of_many_gold_answers(configure, write):
+    file = write("golds.jsonl", ("1+1=", "2"), *((f"{n}?", "one") for n in range(50)))
+    with pytest.raises(DataError, match=r"line 2: its .* other such lines: 3, 4, .*, 42 and 9 more; data\.gold_check"):
+        inputs.load(configure(f"data.train={file}", "data.verifier=numeric"))
 
 
 def test_duplicates_and_overlaps_are_reported_dropped_or_refused(configure, write, tmp_path):
