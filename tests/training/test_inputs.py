@@ -102,6 +102,7 @@ def test_a_mixture_of_files_and_tasks(configure, write):
     parts = setup.assemble(configure(f"data.mixture={mixture}", "data.loader=grain"))
     assert len(parts.train.problems) == 18 and [p.id for p in parts.train.problems] == list(range(18))
     assert {p.stratum for p in parts.train.problems if p.part == 1} == {"add-1"}
+    assert f"each step's 6 prompts: 2 of {file}, 4 of tasks:add@1*10" in parts.notes
     for step in range(4):
         ids = parts.order(6 * step)
         assert [parts.train.problems[i].part for i in ids].count(0) == 2 and len(set(ids.tolist())) == 6
