@@ -16,6 +16,7 @@ import jax
 
 from gdro_jax import evaluation, rewards
 from gdro_jax.data import benchmarks, prompts
+from gdro_jax.data.sources import Problem
 from gdro_jax.evaluation import compare, run, score, store, tables
 from gdro_jax.evaluation.run import Graded
 from gdro_jax.models.checkpoint import digest
@@ -81,7 +82,7 @@ def evaluate(
             it.prompts.problems, rows, config.eval.samples, whole_response=it.verifier == "exact"
         )
         if problems is not None:
-            as_in_training = _training_summary(it.prompts, rows, config.eval.k)
+            as_in_training = _training_summary(it.prompts.problems, rows, config.eval.k)
     _report(scores, place, as_in_training)
     return True
 
@@ -89,8 +90,9 @@ def evaluate(
 def regrade(folder: str, config: Config) -> None:
     """Grades saved responses again, with each set's own verifier and the configuration's deadline, and reports anew."""
     place = pathlib.Path(folder)
-    saved = store.read(place)
+    saved, k = store.read(place), store.reported_k(place)
     scores: dict[str, score.Score] = {}
+    as_in_training: Mapping[str, Any] = {}
     for name, problems in saved.problems.items():
         kind, golds = saved.settings["sets"][name]["verifier"], {p.id: p.answer for p in problems}
         before = saved.responses[name]
@@ -105,7 +107,9 @@ def regrade(folder: str, config: Config) -> None:
         sys.stderr.write(f"{name}: {changed} of {len(rows)} grades changed\n")
         store.replace(place, name, rows)
         scores[name] = score.score(problems, rows, saved.settings["samples"], whole_response=kind == "exact")
-    _report(scores, place, {})
+        if k is not None:  # of a file of problems, which is the only set
+            as_in_training = _training_summary(problems, rows, k)
+    _report(scores, place, as_in_training)
 
 
 def compare_evals(folders: Sequence[str], out: str | None) -> None:
@@ -224,10 +228,11 @@ def _sample(
                 told = time.monotonic()
                 sys.stderr.write(f"{name}  {len(kept):,}/{total:,} responses  {tokens:,} tokens\n")
             failures += [row.reason for row in rows if not row.scorable]
-            if len(kept) >= min(total, per_call * samples):  # the first to finish are no sample of all
+            if len(kept) >= per_call * samples:  # the first to finish are no sample of all
                 rewards.check_failures(failures, len(kept), config.data.max_unscorable, name)
             if len(kept) < total and stop():
                 return None
+    rewards.check_failures(failures, total, config.data.max_unscorable, name)  # of an earlier call's too
     kept.sort(key=lambda row: (row.problem, row.rank))
     if place is not None:
         store.replace(place, name, kept)
@@ -245,10 +250,10 @@ def _report(scores: dict[str, score.Score], place: pathlib.Path | None, more: Ma
     tables.draw(scores, place / "scores.png")
 
 
-def _training_summary(ready: prompts.Prompts, rows: Sequence[Graded], k: int) -> Mapping[str, Any]:
+def _training_summary(problems: Sequence[Problem], rows: Sequence[Graded], k: int) -> Mapping[str, Any]:
     """What training logs of the same responses; nothing where none could be graded."""
-    counts = run.count(iter([(list(rows), 0)]), len(ready.problems))
-    strata = [problem.stratum for problem in ready.problems]
+    counts = run.count(iter([(list(rows), 0)]), len(problems))
+    strata = [problem.stratum for problem in problems]
     with contextlib.suppress(evaluation.NothingScorableError):
         return evaluation.summarise(counts.correct, counts.scorable, strata, k)
     return {}

@@ -140,6 +140,19 @@ def test_a_kill_costs_only_what_is_not_graded(folder, tmp_path):
     assert read(tmp_path / "killed") == read(tmp_path / "whole")
 
 
+def test_an_evaluation_that_could_not_be_graded_is_none_the_second_time_either(folder, tmp_path, monkeypatch, capsys):
+    def responses(sampler, asked, *_, kept, as_they_finish):
+        yield [Graded(p.id, n, "", 0.0, n > 0, True, 1, "no mood") for p in asked.problems for n in range(4)], 32
+
+    monkeypatch.setattr(eval_commands.run, "responses", responses)
+    asked = ("--benchmarks", "math500", "--benchmark-folder", folder, *SETTINGS, "--out", tmp_path)
+    for _ in range(2):
+        assert invoke("eval", "embedded", *asked) == 1
+        assert "math500: 25% of the responses could not be graded" in capsys.readouterr().err
+    assert len(read(tmp_path)) == 32
+    assert invoke("eval", "embedded", *asked, "--data.max_unscorable=0.25") == 0
+
+
 def test_responses_can_be_graded_again(evaluated, tmp_path, capsys):
     for file in (evaluated[0] / "one").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -1,7 +1,8 @@
 """The order of the data: which prompts a step takes, as a pure function of (seed, position), with random access.
 
 `builtin` is `prompts.order`, in which the shipped runs were made. `grain` is the maintained loader of that name, and
-the only one that mixes several sets: every step holds each set's share exactly, each set in shuffled epochs of its own.
+the only one that mixes several sets: every step holds the same number of each, the nearest to its share, each set in
+shuffled epochs of its own.
 Every process holds all problems and computes the same order, so nothing is exchanged or saved; the rows of a step are
 sharded over the processes by the mesh.
 """

@@ -20,12 +20,16 @@ class Counts(NamedTuple):
       scorable: int64[N] responses that could be graded.
       tokens: generated tokens in all.
       clipped: share of responses that reached the length limit.
+      responses: how many there are.
+      failures: why, for each that could not be graded.
     """
 
     correct: np.ndarray
     scorable: np.ndarray
     tokens: int
     clipped: float
+    responses: int
+    failures: list[str | None]
 
 
 class Graded(NamedTuple):
@@ -130,6 +134,7 @@ def count(batches: Iterator[tuple[list[Graded], int]], num_problems: int) -> Cou
     """Adds graded responses up; problem ids are 0..num_problems - 1."""
     correct, scorable = np.zeros(num_problems, np.int64), np.zeros(num_problems, np.int64)
     tokens = total = clipped = 0
+    failures: list[str | None] = []
     for rows, generated in batches:
         tokens += generated
         for row in rows:
@@ -137,4 +142,5 @@ def count(batches: Iterator[tuple[list[Graded], int]], num_problems: int) -> Cou
             scorable[row.problem] += row.scorable
             clipped += not row.finished
             total += 1
-    return Counts(correct, scorable, tokens, clipped / max(total, 1))
+        failures += [row.reason for row in rows if not row.scorable]
+    return Counts(correct, scorable, tokens, clipped / max(total, 1), total, failures)

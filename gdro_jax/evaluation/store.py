@@ -121,6 +121,17 @@ def read(folder: pathlib.Path) -> Saved:
     return Saved(settings, problems, responses)
 
 
+def reported_k(folder: pathlib.Path) -> int | None:
+    """The k of the summary as training logs it, None where the folder holds none.
+
+    Raises:
+      StoreError: its summary is not a JSON object.
+    """
+    file = folder / SUMMARY
+    k = _object(file).get("k") if file.is_file() else None
+    return k if isinstance(k, int) else None
+
+
 def _responses(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / f"{name}.responses.jsonl"
 

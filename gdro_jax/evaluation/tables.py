@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from gdro_jax.evaluation.score import Score, Value
+from gdro_jax.evaluation.score import Score, Value, powers_up_to
 
-BARS = 24
+BARS = 64
 """Most bars of a figure."""
+BAR = 0.2
+"""Height of one, in inches."""
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#555555")
 
@@ -30,7 +32,7 @@ def format_scores(scores: Mapping[str, Score]) -> str:
 def _overview(scores: Mapping[str, Score]) -> str:
     samples = sorted({score["samples"] for score in scores.values()})
     n = "n" if len(samples) > 1 else str(samples[0])
-    head = ("", "problems", f"mean@{n}", f"pass@{n}", f"maj@{n}", "CVaR 10%", "worst stratum", "clipped", "unscorable")
+    head = ("", "problems", f"mean@{n}", f"pass@{n}", f"maj@{n}", "CVaR 10%", "clipped", "unscorable", "worst stratum")
     rows = []
     for name, score in scores.items():
         worst = score["worst"]
@@ -42,9 +44,9 @@ def _overview(scores: Mapping[str, Score]) -> str:
                 _cell(score["passes"].get(str(score["samples"]))),
                 _cell(score["majority"]),
                 _cell(score["cvar"]["0.1"]),
-                "-" if worst is None else f"{worst['mean']['value']:.3f} {worst['name']}",
                 f"{score['clipped']:.1%}",
                 f"{score['unscorable']:.1%}",
+                "-" if worst is None else f"{_cell(worst['mean'])} {worst['name']}",
             )
         )
     return table(head, rows)
@@ -65,34 +67,41 @@ def _cell(value: Value | None) -> str:
     return "-" if value is None else f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
+def _colour(number: int) -> str:
+    """Of the set of that number."""
+    return _COLOURS[number % len(_COLOURS)]
+
+
 def draw(scores: Mapping[str, Score], file: pathlib.Path) -> None:
-    """pass@k over k of each set, and the means of the first set's strata, with their intervals."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    """pass@k over k of each set, and the means of all sets' levels and subjects in its colour, with their intervals."""
+    rows = [
+        (f"{name}: {label}", group["mean"], _colour(number))
+        for number, (name, score) in enumerate(scores.items())
+        for groups in score["strata"].values()
+        for label, group in groups.items()
+    ]
+    of_all = f" (the {BARS} lowest of {len(rows)} levels and subjects)" if len(rows) > BARS else ""
+    if of_all:
+        lowest = sorted(range(len(rows)), key=lambda place: rows[place][1]["value"])[:BARS]
+        rows = [rows[place] for place in sorted(lowest)]
+    figure = Figure(figsize=(12, max(4.2, 1.0 + BAR * len(rows))), layout="constrained")
     curves, bars = figure.subplots(1, 2)
     for number, (name, score) in enumerate(scores.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = _colour(number)
         ks = [int(k) for k in score["passes"]]
         values = list(score["passes"].values())
         curves.plot(ks, [v["value"] for v in values], color=colour, marker="o", markersize=3, label=name)
         curves.fill_between(ks, [v["low"] for v in values], [v["high"] for v in values], color=colour, alpha=0.15, lw=0)
     curves.set(xlabel="k", ylabel="pass@k", ylim=(0, 1))
-    if max(score["samples"] for score in scores.values()) > 1:
+    most = max(score["samples"] for score in scores.values())
+    if most > 1:
         curves.set_xscale("log", base=2)
+    curves.set_xticks(powers_up_to(most), list(map(str, powers_up_to(most))))
     curves.legend(frameon=False, fontsize=8)
-    rows = [
-        (f"{name}: {label}", group["mean"])
-        for name, score in scores.items()
-        for groups in score["strata"].values()
-        for label, group in groups.items()
-    ]
-    of_all = f" (the first {BARS} of {len(rows)} levels and subjects)" if len(rows) > BARS else ""
-    rows = rows[:BARS]
-    places = range(len(rows))
-    means = [value["value"] for _, value in rows]
-    spread = [[m - v["low"] for m, (_, v) in zip(means, rows, strict=True)],
-              [v["high"] - m for m, (_, v) in zip(means, rows, strict=True)]]  # fmt: skip
-    bars.barh(places, means, xerr=spread, color="#9ecae1", ecolor="#333333", capsize=2)
-    bars.set_yticks(list(places), [label[:44] for label, _ in rows], fontsize=7)
-    bars.invert_yaxis()
-    bars.set(xlabel=f"mean accuracy{of_all}", xlim=(0, 1))
+    means = [value["value"] for _, value, _ in rows]
+    spread = [[m - v["low"] for m, (_, v, _) in zip(means, rows, strict=True)],
+              [v["high"] - m for m, (_, v, _) in zip(means, rows, strict=True)]]  # fmt: skip
+    bars.barh(range(len(rows)), means, xerr=spread, color=[c for *_, c in rows], alpha=0.5, ecolor="#333333", capsize=2)
+    bars.set_yticks(range(len(rows)), [label[:72] for label, *_ in rows], fontsize=7)
+    bars.set(xlabel=f"mean accuracy{of_all}", xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
     figure.savefig(file, dpi=130)

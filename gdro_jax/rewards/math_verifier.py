@@ -72,6 +72,8 @@ def _compared(gold: str, given: str) -> Plan:
         if said is not None and said.unit != meant.unit:
             return _converted(gold, meant.unit, said)
         given = given if said is None else said.value
+    if spelling.relation(gold) != spelling.relation(given):
+        return False
     wanted = plain_numbers.target(gold) if " within " in gold else None
     if wanted is not None:
         number = plain_numbers.read(_ABOUT.sub("", given, count=1) if _ABOUT.match(given) else given)

@@ -25,6 +25,22 @@ _SUBSCRIPTED_E = re.compile(r"(?<![A-Za-z\\])E_(?:\{([A-Za-z0-9]+)\}|([A-Za-z0-9
 _SPACED = re.compile(r"[+-]?[0-9]+(?:(?:\s|\\[,;:! ]|~)+[0-9]+)+")
 _SPACE = re.compile(r"(?:\s|\\[,;:! ]|~)+")
 _GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:(?:\s|\\[,;:! ]|~)[0-9]{3})+")
+_RELATION = re.compile(
+    r"\s*(<=?|>=?|!=|[\u2264\u2265\u2260\u00ac]"
+    r"|\\(?:lt|gt|[lg]eq?|[lg]eqslant|[lg]eqq|lesssim|gtrsim|neq?|not|notin|neg|lnot)(?![A-Za-z]))"
+)
+_RELATIONS = {
+    name: relation
+    for relation, names in {
+        "<": "\\lt",
+        ">": "\\gt",
+        "<=": "\\le \\leq \\leqslant \\leqq \u2264",
+        ">=": "\\ge \\geq \\geqslant \\geqq \u2265",
+        "!=": "\\ne \\neq \u2260",
+        "not": "\\neg \\lnot \u00ac",
+    }.items()
+    for name in names.split()
+}
 _EQUALS = re.compile(r"(?<![<>!:\\=])=(?!=)")
 
 
@@ -41,6 +57,12 @@ def is_no_answer(gold: str) -> bool:
     """Whether a gold answer is a mark that there is none."""
     match = _TEXT.fullmatch(gold)
     return (gold if match is None else match[1]).casefold() in NO_ANSWERS or gold == "None"
+
+
+def relation(text: str) -> str:
+    r"""What stands before an answer that is no value, as in ``> 5`` and ``\neq 5``, which math-verify reads as 5."""
+    match = _RELATION.match(text)
+    return "" if match is None or text.rstrip().endswith(">") else _RELATIONS.get(match[1], match[1])
 
 
 def differ(gold: str, given: str) -> bool:

@@ -143,7 +143,7 @@ class DataConfig:
         `choice` (the last box, an option's letter), or a function of yours as `package.module:function`.
       verifier_workers: processes of the `math` verifier or of yours.
       verifier_timeout: seconds one response may take.
-      max_unscorable: the run stops when more than this share of a step's rows is unscorable.
+      max_unscorable: the run stops when more than this share of the rows of a step, or of an evaluation, is unscorable.
     """
 
     train: str = "embedded"

@@ -11,6 +11,8 @@ from gdro_jax.training.config import Config
 
 SHOWN = 3
 """How many rows a note names before it only counts."""
+MOST_LINES = 40
+"""How many lines an error about gold answers names."""
 
 
 class Inputs(NamedTuple):
@@ -124,8 +126,9 @@ def with_usable_answers(
         f"{name}, line {source.problems[row].line}: its answer cannot be graded, {why}" for row, why in bad.items()
     ]
     if lines and choice == "refuse":
-        more = f"; so are {len(lines) - 1} more" if len(lines) > 1 else ""
-        raise DataError(f"{lines[0]}{more}; data.gold_check=drop leaves such rows out")
+        others = [source.problems[row].line for row in bad][1:]
+        more = f"; other such lines: {_numbers(others)}" if others else ""
+        raise DataError(f"{lines[0]}{more}; data.gold_check=drop leaves such rows out, and says why of each")
     kept = [problem for row, problem in enumerate(source.problems) if row not in bad]
     if not kept:
         raise DataError(f"{name}: none of its {len(source.problems)} answers can be graded; the first, {lines[0]}")
@@ -133,6 +136,11 @@ def with_usable_answers(
         *notes,
         *(f"{it}; dropped" for it in lines),
     ]
+
+
+def _numbers(lines: Sequence[int]) -> str:
+    shown = ", ".join(map(str, lines[:MOST_LINES]))
+    return shown if len(lines) <= MOST_LINES else f"{shown} and {len(lines) - MOST_LINES} more"
 
 
 def _uncontaminated(

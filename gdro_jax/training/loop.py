@@ -25,6 +25,7 @@ from gdro_jax.training import (
     ahead,
     batching,
     engines,
+    evaluator,
     guard,
     overlap,
     packing,
@@ -38,7 +39,6 @@ from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.collected import Collected
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
-from gdro_jax.training.evaluator import Evaluator
 from gdro_jax.training.export import save_policy
 from gdro_jax.training.grading import SharedVerifier
 from gdro_jax.training.ledger import Clock, Ledger
@@ -58,7 +58,7 @@ def _nothing(step: int, progress: sampling.Progress) -> None:
 
 
 class _LeftError(Exception):
-    """A stop was asked for while a step sampled: the step counts as not begun."""
+    """A stop was asked for while a step or an evaluation sampled: it counts as not begun."""
 
 
 class State(NamedTuple):
@@ -95,7 +95,9 @@ class Trainer:
         self._sampler = engines.make(config, parts.policy, parts.layout.mesh)
         self._update = step.compiled_update()
         self._signal = jax.jit(step.surrogate_signal, static_argnames=("config", "temperature", "layout"))
-        self._evaluator = Evaluator(config, parts, SharedVerifier(verifier)) if parts.heldout is not None else None
+        self._evaluator = (
+            evaluator.Evaluator(config, parts, SharedVerifier(verifier)) if parts.heldout is not None else None
+        )
         self.ledger, self.step = Ledger(), 0
         self._most = setup.most_rollouts(config.controller)
         self._warm = False  # whether every program of a step has been compiled
@@ -122,8 +124,9 @@ class Trainer:
     ) -> bool:
         """Trains to the last step; True when done, False when `stop` asked for an end.
 
-        `on_sampled` hears how far a step's sampling is, a segment at a time. A stop is heeded there too: what the step
-        has sampled is dropped, and sampled again on resuming.
+        `on_sampled` hears how far a step's sampling is, a segment at a time. A stop is heeded there too, and between
+        segments of an evaluation: what the step, or the evaluation, has sampled is dropped, and sampled again on
+        resuming.
         However it ends, by a fault too, everything up to the last whole step is in a checkpoint; only a fault in the
         update itself, which works in the state's own memory, leaves the checkpoint before, as any but `FAULTS_OF_ALL`
         does where there are several processes: the others, who must save with this one, may not know of it.
@@ -137,7 +140,10 @@ class Trainer:
 
         def watch(number: int, progress: sampling.Progress) -> None:
             on_sampled(number, progress)
-            if progress.done < progress.total and stop():
+            heed(progress.done, progress.total)
+
+        def heed(done: int, total: int) -> None:
+            if done < total and stop():
                 raise _LeftError
 
         if self.step < self.config.run.steps and not stop():
@@ -145,21 +151,20 @@ class Trainer:
             self.check_agreement()
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
-                on_record(self._write({"step": 0} | self._evaluate(final=True)))
+                on_record(self._write({"step": 0} | self._evaluate(True, heed)))
             while True:
                 if self._pending is not None:
                     if self._evaluation_due() and stop():
                         break
-                    on_record(self._finish(self._pending))
+                    on_record(self._finish(self._pending, heed))
                 if stop() or self.step >= self.config.run.steps:
                     break
-                try:
-                    self._pending = self.one_step(watch)
-                except _LeftError:  # of all processes, after the same segment
-                    break
+                self._pending = self.one_step(watch)
                 if self._due(self.config.run.checkpoint_every):
                     self.save()
                 guard.check(self._left_out, self.config.train.max_skipped, self.folder, self.step)
+            whole = True
+        except _LeftError:  # of all processes, after the same segment
             whole = True
         except FAULTS_OF_ALL:
             whole = True
@@ -250,12 +255,12 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         return self._evaluator is not None and (self._last() or self._due(self.config.eval.every))
 
-    def _finish(self, record: records.Record) -> records.Record:
+    def _finish(self, record: records.Record, heed: evaluator.Watch) -> records.Record:
         """The step's evaluation, if it is due, and its line in the log."""
         if self._evaluation_due():
             if self._last():
                 self.save()  # evaluating everything takes a while
-            record = record | self._evaluate(final=self._last())
+            record = record | self._evaluate(self._last(), heed)
         written, self._pending = self._write(record), None
         return written
 
@@ -374,10 +379,10 @@ class Trainer:
         self.ledger.seconds += clock.total - compiling
         self.ledger.compile_seconds += compiling
 
-    def _evaluate(self, final: bool) -> records.Record:
+    def _evaluate(self, final: bool, heed: evaluator.Watch) -> records.Record:
         assert self._evaluator is not None
         begun = time.perf_counter()
-        summaries, rollouts = self._evaluator(self._policy(), self._fold(_EVAL), final)
+        summaries, rollouts = self._evaluator(self._policy(), self._fold(_EVAL), final, heed)
         self.ledger.eval_rollouts += rollouts
         self.ledger.eval_seconds += time.perf_counter() - begun
         return summaries

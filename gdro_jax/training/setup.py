@@ -247,6 +247,10 @@ def check(config: Config, seen: Outline | None = None, data: inputs.Inputs | Non
     shares = [1.0] if config.data.mixture is None else [float(str(s)) for s in config.data.mixture.values()]
     parts = [[p.id for p in train.problems if p.part == part] for part in range(len(shares))]
     order = orders.make(config.data.loader, config.run.seed, parts, shares, config.train.prompts_per_step)
+    if config.data.mixture is not None:
+        counts = orders.split(config.train.prompts_per_step, shares, [len(part) for part in parts])
+        of_each = ", ".join(f"{n} of {name}" for n, name in zip(counts, config.data.mixture, strict=True))
+        notes.append(f"each step's {config.train.prompts_per_step} prompts: {of_each}")
     try:
         rule = controllers.make(
             config.controller.name,

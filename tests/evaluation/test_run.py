@@ -111,6 +111,7 @@ def test_counts_add_up(sampled):
         assert counts.correct[p] == sum(len(r.response) % 2 == 0 and bool(r.response) for r in mine)
     assert counts.scorable.sum() < len(rows)  # the empty response is left out
     assert counts.clipped == sum(not r.finished for r in rows) / len(rows) < 1
+    assert counts.responses == len(rows) == counts.scorable.sum() + len(counts.failures)
     lengths = sampled["mask"].sum(1)
     assert counts.tokens == lengths.sum() and lengths.min() == 1
     assert all(length == 4 for length, r in zip(lengths, rows, strict=True) if not r.finished)

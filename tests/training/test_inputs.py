@@ -26,7 +26,7 @@ def test_gold_answers_are_checked_and_named_by_line(configure, write):
     file = write("golds.jsonl", ("1+1=", "2"), ("one?", "one"), ("2+1=", "3"), ("many?", "many"))
     at = (f"data.train={file}", "data.verifier=numeric")
     with pytest.raises(DataError, match=r"golds\.jsonl, line 2: its answer cannot be graded, the gold answer is not a "
-                                        r"number; so are 1 more; data\.gold_check=drop"):  # fmt: skip
+                                        r"number; other such lines: 4; data\.gold_check=drop"):  # fmt: skip
         inputs.load(configure(*at))
     found = inputs.load(configure(*at, "data.gold_check=drop"))
     assert [(p.id, p.prompt, p.line) for p in found.train] == [(0, "1+1=", 1), (1, "2+1=", 3)]
@@ -34,6 +34,12 @@ def test_gold_answers_are_checked_and_named_by_line(configure, write):
         "golds.jsonl, line 2", "golds.jsonl, line 4", "data.benchmarks is null",
     ]  # fmt: skip
     assert len(inputs.load(configure(*at, "data.gold_check=null")).train) == 4
+
+
+def test_an_error_names_the_lines_of_many_gold_answers(configure, write):
+    file = write("golds.jsonl", ("1+1=", "2"), *((f"{n}?", "one") for n in range(50)))
+    with pytest.raises(DataError, match=r"line 2: its .* other such lines: 3, 4, .*, 42 and 9 more; data\.gold_check"):
+        inputs.load(configure(f"data.train={file}", "data.verifier=numeric"))
 
 
 def test_duplicates_and_overlaps_are_reported_dropped_or_refused(configure, write, tmp_path):
@@ -96,6 +102,7 @@ def test_a_mixture_of_files_and_tasks(configure, write):
     parts = setup.assemble(configure(f"data.mixture={mixture}", "data.loader=grain"))
     assert len(parts.train.problems) == 18 and [p.id for p in parts.train.problems] == list(range(18))
     assert {p.stratum for p in parts.train.problems if p.part == 1} == {"add-1"}
+    assert f"each step's 6 prompts: 2 of {file}, 4 of tasks:add@1*10" in parts.notes
     for step in range(4):
         ids = parts.order(6 * step)
         assert [parts.train.problems[i].part for i in ids].count(0) == 2 and len(set(ids.tolist())) == 6

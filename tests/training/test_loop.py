@@ -14,6 +14,7 @@ from gdro_jax import rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.models import hf
 from gdro_jax.training import InputError, config_io, run_folder
+from gdro_jax.training.loop import Trainer
 
 SPREAD = ("controller.settings.statistic=pass_at_k", "controller.settings.k=1")  # bins fill from the second epoch on
 SAMPLED = ("controller.name=joint", "controller.settings.selection=sample", "run.checkpoint_every=2", *SPREAD)
@@ -262,6 +263,32 @@ def test_a_stop_while_sampling_leaves_within_a_segment(configure, launch, tmp_pa
         trainer.close()
     assert [step for step, _, _ in heard].count(2) == 1  # not a segment more
     assert heard[-1][1] < heard[-1][2]
+    train(launch(configure(*settings, output="parts")))
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
+def test_a_stop_while_evaluating_leaves_within_a_segment(configure, launch, heldout, tmp_path, monkeypatch):
+    """The evaluation that was under way is as if it had not begun."""
+    monkeypatch.setattr(Trainer, "try_update", lambda trainer: None)
+    trainer, calls = launch(configure(*heldout, "sampling.segment=1")), []
+    assert trainer.run(lambda record: None, lambda: calls.append(0) or len(calls) > 3) is False
+    assert len(calls) == 4 and logged(tmp_path / "run") == []  # the fourth is its second look
+    assert trainer.checkpoints.latest() == 0
+
+
+@pytest.mark.slow
+def test_a_stop_while_evaluating_after_a_step_keeps_the_step(configure, launch, heldout, tmp_path):
+    settings = (*heldout, "run.steps=2", "eval.every=1", "sampling.segment=1")
+    train(launch(configure(*settings, output="whole")))
+    trainer, calls = launch(configure(*settings, output="parts")), []
+
+    def stop():
+        calls.append(trainer.step == 1 and trainer._pending is not None)
+        return sum(calls) == 3  # once before the evaluation, then at its looks
+
+    assert trainer.run(lambda record: None, stop) is False
+    assert trainer.step == trainer.checkpoints.latest() == 1 and len(logged(tmp_path / "parts")) == 1
+    trainer.close()
     train(launch(configure(*settings, output="parts")))
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 

@@ -11,6 +11,7 @@ import pytest
 from gdro_jax.data import prompts
 from gdro_jax.data.sources import DataError
 from gdro_jax.evaluation.run import Graded
+from gdro_jax.rewards import UnscorableError
 from gdro_jax.training import Config, InputError, evaluator, inputs, setup
 
 TESTS = pathlib.Path(__file__).parent.parent
@@ -296,7 +297,7 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     rows = [{"prompt": f"{i}=", "answer": str(i), "stratum": "ab"[i % 2]} for i in range(6)]
     asked = {}
 
-    def responses(sampler, prompts, tokenizer, verifier, key, samples, length, per_call):
+    def responses(sampler, prompts, tokenizer, verifier, key, samples, length, per_call, *, as_they_finish):
         asked.update(sampler=sampler.config, ids=[p.id for p in prompts.problems], samples=samples, key=key)
         asked.update(per_call=per_call, prompt=tokenizer.decode(prompts.tokens[0]))
         yield (
@@ -324,3 +325,17 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     assert asked["ids"] == list(range(6)) and count == 24
     assert final["eval"]["overall"]["n"] == 6 and "mean_interval" in final["eval"]["overall"]
     assert final["eval_part"]["overall"] == some["overall"]  # of the same problems as along the way
+
+
+def test_an_evaluation_of_a_run_is_held_to_the_limit_too(configure, launch, monkeypatch, tmp_path):
+    def responses(sampler, prompts, *_, as_they_finish):
+        yield [Graded(p.id, 0, "", 0.0, n > 0, True, 1, "no mood to grade") for n, p in enumerate(prompts.problems)], 7
+
+    monkeypatch.setattr(evaluator.evaluation, "responses", responses)
+    at = (f"eval.data={problems_file(tmp_path, [{'prompt': f'{i}=', 'answer': '1'} for i in range(4)])}", "eval.k=1")
+    trainer = launch(configure(*at, "eval.samples=1"), None)
+    with pytest.raises(UnscorableError, match=r"evaluation: 25% of .* data\.max_unscorable=0\.2; .* no mood to grade"):
+        trainer._evaluator("model", "key", final=True)
+    trainer = launch(configure(*at, "eval.samples=1", "data.max_unscorable=0.25", output="other"), None)
+    found = trainer._evaluator("model", "key", final=True)[0]["eval"]
+    assert found["unscorable"] == 0.25 and found["left_out"] == 1
