@@ -1,8 +1,10 @@
 """Hugging Face folders in and out: every tensor equal, bad folders refused in one line before any device memory."""
 
+import errno
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -318,6 +320,29 @@ def test_a_failed_save_leaves_the_old_folder_and_nothing_else(
 
     monkeypatch.setattr(hf, "save_file", full)
     with pytest.raises(OSError, match="no space left"):
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: pathlib.Path) -> None:
+    """The library that writes tensors raises its own, which nothing above would know for what it is."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            hf.save(make_model(UNTIED), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path.resolve())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: pathlib.Path(path).name == "mounted")
+    with pytest.raises(hf.CheckpointError, match="mounted: is a mount point"):
+        hf.save(make_model(BASE), tmp_path / "mounted")
+    assert [p.name for p in tmp_path.iterdir()] == ["mounted"]
+
+
         hf.save(make_model(UNTIED), folder)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert_same(hf.load(folder), make_model(BASE))
