@@ -259,6 +259,14 @@ def test_a_truncated_file_is_refused(keep: int, folder: pathlib.Path, monkeypatc
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling factor=None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}}, "rope_scaling: mscale not supported"),
         ({"rope_theta": "big"}, "rope_theta='big'"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling: factor without a rope_type; 'linear' or 'yarn' is needed"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention without a rope_type"),
+        ({"rope_parameters": [1]}, "rope_parameters=[1]: expected an object"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "differ; keep one of them",
+        ),
+        ({"original_max_position_embeddings": 16}, "original_max_position_embeddings=16: must stand in rope_scaling"),
     ],
 )
 def test_another_architecture_is_refused(
@@ -312,14 +320,6 @@ def test_saving_never_removes_what_it_would_not_write(tmp_path: pathlib.Path) ->
     assert (tmp_path / "work" / "thesis.tex").read_text() == "text"
 
 
-def test_a_failed_save_leaves_the_old_folder_and_nothing_else(
-    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(hf, "save_file", full)
-    with pytest.raises(OSError, match="no space left"):
 def test_a_full_disk_is_an_error_of_the_system(tmp_path: pathlib.Path) -> None:
     """The library that writes tensors raises its own, which nothing above would know for what it is."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -343,6 +343,14 @@ def test_a_mount_point_is_refused_before_anything_is_written(
     assert [p.name for p in tmp_path.iterdir()] == ["mounted"]
 
 
+def test_a_failed_save_leaves_the_old_folder_and_nothing_else(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(hf, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
         hf.save(make_model(UNTIED), folder)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert_same(hf.load(folder), make_model(BASE))
