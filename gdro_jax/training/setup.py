@@ -79,6 +79,11 @@ def model_folder(path: str, weights: bool = True) -> pathlib.Path:
     return hub.resolve(path, weights)
 
 
+def weights_of(config: ModelConfig) -> str:
+    """Tells apart the weights that a run begins with; the errors of `model_folder`."""
+    return digest(model_folder(config.path, weights=False), "", weights=config.random_init is None)
+
+
 def tokenizer_folder(config: ModelConfig) -> pathlib.Path:
     """Where the tokenizer is: `model.tokenizer`, or the model's own folder; the errors of `model_folder`."""
     return model_folder(config.path if config.tokenizer is None else config.tokenizer, weights=False)
