@@ -174,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--out", metavar="FOLDER", help="where to write; beside the runs by default")
             continue
         if name == "export":
-            sub.add_argument("source", help="a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder or name")
+            sub.add_argument(
+                "source", help="a run's folder, RUN/checkpoints/STEP, a Hugging Face folder or name, or 'embedded'"
+            )
             sub.add_argument("out", help="the folder to make; one that holds a model is replaced as a whole")
             sub.add_argument(
                 "--dtype",
@@ -192,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "regrade":
             sub.add_argument("folder", help="a folder of gdro eval")
         if name == "eval":
-            sub.add_argument("model", help="a Hugging Face folder, a run's model/ folder, or 'embedded'")
+            sub.add_argument("model", help="a Hugging Face folder or name, a run's model/, or 'embedded'")
             sub.add_argument("problems", nargs="?", help="a JSON-lines file, or 'embedded' for the held-out set")
             sub.add_argument(
                 "--benchmarks", metavar="NAMES", help=f"instead of a file: all, or some of {_benchmarks()}"

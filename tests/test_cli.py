@@ -529,6 +529,7 @@ def test_eval(tmp_path, problems, capsys):
     assert set(score["strata"]["stratum"]) == {"a", "b"} and (out / "scores.png").stat().st_size > 1000
     assert summary["overall"]["mean"] == pytest.approx(correct.mean() / 4) and summary["overall"]["n"] == 6
     assert printed.out == (out / "table.txt").read_text() and "24/24 responses" in printed.err
+    assert "problems  first prompt, 5 tokens: '20+0='" in printed.err  # as the model gets it
 
 
 def test_eval_says_how_many_prompts_it_left_out(tmp_path, tiny_folder, capsys):

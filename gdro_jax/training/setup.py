@@ -145,7 +145,7 @@ def outline(config: ModelConfig) -> Outline:
     Raises:
       InputError, CheckpointError, DataError: a missing folder or file, or one that does not fit.
     """
-    folder = model_folder(config.path, weights=config.random_init is None)
+    folder = model_folder(config.path, weights=False)
     if not folder.is_dir():
         raise InputError(
             f"model.path={config.path!r}: {no_folder(folder)}; expected config.json and *.safetensors in it"
@@ -167,6 +167,7 @@ def outline(config: ModelConfig) -> Outline:
     kernel = attention_kernel(config, cut, jax.devices()[0])
     tokenizer, stops = tokens_of(folder, tokens_at, cut.vocab_size)
     if config.random_init is None:
+        folder = model_folder(config.path)  # no sooner: a Hub name's weights are downloaded here
         hf.check(folder)
     return Outline(folder, cut, kernel, tokenizer, stops)
 
@@ -238,9 +239,7 @@ def check(config: Config, seen: Outline | None = None, data: inputs.Inputs | Non
     seen = outline(config.model) if seen is None else seen
     tokenizer, most = seen.tokenizer, most_prompt_tokens(config, seen.architecture, _response(config))
     train, notes = inputs.ready(data.train, config.data.template, tokenizer, config, most)
-    first = train.tokens[0]
-    shown = f"first prompt, {len(first)} tokens: {tokenizer.decode(list(first))!r}"
-    notes = [*data.notes, *notes, shown]
+    notes = [*data.notes, *notes, inputs.first_prompt(train, tokenizer)]
     heldout = None
     if data.heldout is not None:
         heldout, more = inputs.ready(data.heldout, config.eval_template, tokenizer, config, most)
