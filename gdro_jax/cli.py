@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
-_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # their text says it all
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # their text says it all
+_WRONG_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # bad input, and theirs too
 _UNUSED = {  # sections and fields that a command does not look at: giving one is an error
     "train": ("compare",),
     "compare": ("run.seed", "run.output", "controller.name"),
@@ -115,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"gdro {known.command}: {' '.join(str(error).split())}\n")
         return FAULT if isinstance(error, commands.FAULTS) else BAD_INPUT
     except OSError as error:
-        if error.errno not in _DISK_FAULTS:
+        if error.errno not in (*_DISK_FAULTS, *_WRONG_PATHS):
             raise
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"gdro {known.command}: {where}{error.strerror}\n")
-        return FAULT
+        return FAULT if error.errno in _DISK_FAULTS else BAD_INPUT
 
 
 def _train(parser: argparse.ArgumentParser, known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -173,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--out", metavar="FOLDER", help="where to write; beside the runs by default")
             continue
         if name == "export":
-            sub.add_argument("source", help="a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder or name")
+            sub.add_argument(
+                "source", help="a run's folder, RUN/checkpoints/STEP, a Hugging Face folder or name, or 'embedded'"
+            )
             sub.add_argument("out", help="the folder to make; one that holds a model is replaced as a whole")
             sub.add_argument(
                 "--dtype",
@@ -191,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "regrade":
             sub.add_argument("folder", help="a folder of gdro eval")
         if name == "eval":
-            sub.add_argument("model", help="a Hugging Face folder, a run's model/ folder, or 'embedded'")
+            sub.add_argument("model", help="a Hugging Face folder or name, a run's model/, or 'embedded'")
             sub.add_argument("problems", nargs="?", help="a JSON-lines file, or 'embedded' for the held-out set")
             sub.add_argument(
                 "--benchmarks", metavar="NAMES", help=f"instead of a file: all, or some of {_benchmarks()}"

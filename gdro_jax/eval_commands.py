@@ -50,7 +50,7 @@ def evaluate(
     """Evaluates a model on a file of problems or on benchmarks; prints a table, and with `out` keeps everything.
 
     Args:
-      model: a Hugging Face folder, or `embedded`.
+      model: a Hugging Face folder or name, or `embedded`.
       problems: a file, `embedded`, or None where benchmarks are named.
       names, folder: benchmarks, `all` for every one the folder holds.
       stop: asked at every look at the sampler.
@@ -70,6 +70,8 @@ def evaluate(
         _say(["nothing is kept; --out FOLDER keeps every response, goes on after an interrupt, and can be compared"])
     else:
         store.begin(place, settings, {name: (it.prompts.problems, it.private) for name, it in asked.items()})
+    public = {name: it.prompts for name, it in asked.items() if not it.private}
+    _say([f"{name}  {inputs.first_prompt(ready, seen.tokenizer)}" for name, ready in public.items()])
     policy = setup.load_policy(wanted, seen=seen)
     scores: dict[str, score.Score] = {}
     as_in_training: Mapping[str, Any] = {}

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -207,6 +208,29 @@ def test_a_full_disk_is_one_line_and_a_fault(tmp_path, tiny_folder, capsys, monk
     monkeypatch.setattr(config_io, "save", full)
     assert invoke("train", f"--model.path={tiny_folder}", f"--run.output={tmp_path / 'run'}") == 1
     assert capsys.readouterr().err.splitlines()[-1] == "gdro train: config.yaml: No space left on device"
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.ENAMETOOLONG, 2), (errno.EIO, 1)])
+def test_what_the_system_says_of_a_file_is_one_line(number, code, tmp_path, tiny_folder, capsys, monkeypatch):
+    """A folder that may not be read, say, which for some users none is."""
+    read = pathlib.Path.read_text
+
+    def refused(path: pathlib.Path, *rest: object, **more: object) -> str:
+        if path == tiny_folder / "config.json":
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path, *rest, **more)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", refused)
+    assert invoke("export", tiny_folder, tmp_path / "out") == code
+    assert capsys.readouterr().err == f"gdro export: {tiny_folder / 'config.json'}: {os.strerror(number)}\n"
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path, tiny_folder, capsys):
+    for arguments in (("export", "x" * 300, tmp_path / "out"), ("export", tiny_folder, tmp_path / ("x" * 250))):
+        assert invoke(*arguments) == 2
+        printed = capsys.readouterr().err
+        assert printed.endswith(": File name too long\n") and printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def without_a_tensor(data: bytes) -> bytes:
@@ -505,6 +529,7 @@ def test_eval(tmp_path, problems, capsys):
     assert set(score["strata"]["stratum"]) == {"a", "b"} and (out / "scores.png").stat().st_size > 1000
     assert summary["overall"]["mean"] == pytest.approx(correct.mean() / 4) and summary["overall"]["n"] == 6
     assert printed.out == (out / "table.txt").read_text() and "24/24 responses" in printed.err
+    assert "problems  first prompt, 5 tokens: '20+0='" in printed.err  # as the model gets it
     assert invoke("regrade", out) == 0 and json.loads((out / "summary.json").read_text()) == summary
 
 

@@ -46,7 +46,7 @@ def main() -> None:
         rows = {name: in_own_process(known.folder, *setting) for name, setting in SETTINGS.items()}
     finally:
         shutil.rmtree(known.folder)
-    text = json.dumps({"size": known.size, **facts, "loads": rows}, indent=2)
+    text = json.dumps({"size": known.size, **facts, "cores": len(os.sched_getaffinity(0)), "loads": rows}, indent=2)
     known.out.write_text(text + "\n")
     print(text)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,7 @@ TEMPLATES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Templates by name; ``boxed`` is the one of arXiv 2601.19280."""
+_FIXED_IN_CHAT = ("messages", "add_generation_prompt")
 
 
 class Tokenizer(Protocol):
@@ -37,6 +40,8 @@ class Tokenizer(Protocol):
     ) -> Mapping[str, list[list[int]]]: ...
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+    def decode(self, token_ids: list[int]) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,15 +168,21 @@ def chat_text(tokenizer: Tokenizer, text: str, chat: Mapping[str, object]) -> st
     """The text as the user's turn in the tokenizer's chat template, up to where the answer begins.
 
     Raises:
-        DataError: the tokenizer has no chat template.
+        DataError: the tokenizer has no chat template, or one that knows no such option or cannot take its value.
     """
     if not tokenizer.chat_template:
         raise DataError("chat: the tokenizer has no chat template; leave data.chat null, or give another tokenizer")
     options = dict(chat)
     system = options.pop("system", None)
+    for name in options:
+        if name in _FIXED_IN_CHAT or not re.search(rf"\b{re.escape(str(name))}\b", str(tokenizer.chat_template)):
+            raise DataError(f"data.chat.{name}={options[name]!r}: the tokenizer's chat template has no such option")
     turns: list[dict[str, object]] = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": text})
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"data.chat={dict(chat)!r}: the tokenizer's chat template refuses it ({error})") from error
 
 
 def stop_tokens(model_folder: str | Path | None = None, tokenizer: Tokenizer | None = None) -> tuple[int, ...]:

@@ -39,7 +39,10 @@ class TensorSlice(Protocol):
 
 def no_folder(path: pathlib.Path) -> str:
     """What is there where a folder should be."""
-    return "is a file, not a folder" if path.exists() else "no such folder"
+    if path.exists():
+        return "is a file, not a folder"
+    shadowed = len(path.parts) == 2 and not path.is_absolute() and pathlib.Path(path.parts[0]).is_dir()
+    return "no such folder" + f" (nor a name of the Hub, since there is a folder {path.parts[0]} here)" * shadowed
 
 
 def read_config(folder: pathlib.Path) -> Qwen3Config:

@@ -148,10 +148,20 @@ def _read_config(path: pathlib.Path) -> Mapping[str, object]:
 
 def _rope(raw: Mapping[str, object]) -> Mapping[str, object]:
     """RoPE settings from either layout: `rope_theta` and `rope_scaling` (transformers 4), `rope_parameters` (5)."""
-    entry = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"rope_scaling={entry!r}: expected an object")
-    return {"rope_theta": raw.get("rope_theta", 10_000.0)} | dict(entry)
+    entries = []
+    for name in ("rope_parameters", "rope_scaling"):
+        if not raw.get(name):
+            continue
+        entry = raw[name]
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{name}={entry!r}: expected an object")
+        entries.append(dict(entry))
+    if len(entries) == 2 and entries[0] | entries[1] != entries[0]:  # readers differ in which of them they take
+        raise ValueError(f"rope_parameters={entries[0]!r}, rope_scaling={entries[1]!r}: differ; keep one of them")
+    outside = raw.get("original_max_position_embeddings")
+    if outside is not None:
+        raise ValueError(f"original_max_position_embeddings={outside!r}: must stand in rope_scaling")
+    return {"rope_theta": raw.get("rope_theta", 10_000.0)} | (entries[0] if entries else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

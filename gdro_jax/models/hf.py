@@ -22,6 +22,7 @@ from contextlib import ExitStack
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
@@ -142,7 +143,7 @@ def save(
       path, tokenizer_from, generation_from, stops, max_file_bytes: as `write` takes them.
 
     Raises:
-      CheckpointError, ValueError: as `write`.
+      CheckpointError, ValueError, OSError: as `write`.
     """
     model = model if model.adapters() is None else working(model)
     params = _gathered(model)
@@ -191,6 +192,7 @@ def write(
     Raises:
       CheckpointError: `path` holds other files, or `tokenizer_from` no tokenizer or a malformed file; one line.
       ValueError: `max_file_bytes` below 1.
+      OSError: the disk is full, say; what was at `path` is still there.
     """
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes={max_file_bytes}: must be at least 1")
@@ -347,7 +349,13 @@ def _save_tensors(tensors: Iterator[tuple[str, np.ndarray]], folder: pathlib.Pat
     total = 0
     for batch in _batches(tensors, max_file_bytes):
         file = folder / f"part-{len(written)}"
-        save_file(batch, file, metadata={"format": "pt"})
+        try:
+            save_file(batch, file, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # which is no OSError, whatever the system said
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder.parent)) from error
         file.chmod((folder / "config.json").stat().st_mode)  # as readable as the rest
         written.append(list(batch))
         total += sum(array.nbytes for array in batch.values())
@@ -477,7 +485,7 @@ def read_object(file: pathlib.Path) -> dict[str, object]:
 
 
 def check_replaceable(target: pathlib.Path) -> None:
-    """Refuses to replace anything that a saved checkpoint would not hold.
+    """Refuses to replace anything that a saved checkpoint would not hold, or that cannot be replaced.
 
     Raises:
       CheckpointError: naming what is in the way.
@@ -486,6 +494,8 @@ def check_replaceable(target: pathlib.Path) -> None:
         return
     if not target.is_dir():
         raise CheckpointError(f"{target}: is a file; expected a folder or nothing")
+    if os.path.ismount(target):
+        raise CheckpointError(f"{target}: is a mount point, which nothing can take the place of; give a folder in it")
     ours = {"config.json", INDEX_FILE, GENERATION_FILE, *TOKENIZER_FILES}
     for entry in sorted(target.iterdir()):
         if entry.name not in ours and entry.suffix != ".safetensors":

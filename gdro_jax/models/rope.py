@@ -74,12 +74,15 @@ def scaling_from_hf(raw: Mapping[str, object], max_positions: int) -> RopeScalin
     """The stretch of a `rope_scaling` or `rope_parameters` entry, None for none.
 
     Raises:
-      ValueError: another kind, a field that is missing, unknown or out of range.
+      ValueError: another kind, or none with other fields; a field that is missing, unknown or out of range.
     """
     kind = raw.get("rope_type", raw.get("type", "default"))
+    others = {name for name, value in raw.items() if value is not None} - {"rope_type", "type", "rope_theta"}
+    if others and "rope_type" not in raw and "type" not in raw:
+        raise ValueError(f"rope_scaling: {', '.join(sorted(others))} without a rope_type; 'linear' or 'yarn' is needed")
     if kind == "default":
         return None
-    unknown = set(raw) - set(_HF_FIELDS) - {"rope_type", "type", "rope_theta"}
+    unknown = others - set(_HF_FIELDS)
     given = {ours: raw[theirs] for theirs, ours in _HF_FIELDS.items() if raw.get(theirs) is not None}
     fields = {"original_positions": max_positions, "factor": None} | given
     scaling = RopeScaling(kind=kind, **fields)  # type: ignore[arg-type]

@@ -120,6 +120,19 @@ def saved_part(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> C
     return read
 
 
+def saved_counters(folder: pathlib.Path) -> dict[str, Any]:
+    """The counters of one checkpoint, `checkpoints/STEP` of a run; none where they are missing.
+
+    Raises:
+      CheckpointError: a file of them is missing or damaged.
+    """
+    place = folder.resolve() / "counters"
+    if not place.is_dir():
+        return {}
+    with _readable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(place)
+
+
 @contextlib.contextmanager
 def _readable(folder: pathlib.Path) -> Iterator[None]:
     """Says in one line what Orbax raises of files that are missing or damaged."""

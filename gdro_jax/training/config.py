@@ -73,7 +73,7 @@ class ModelConfig:
         model in `dtype`; None to train all parameters.
       lora_alpha: the adapters' product counts alpha / r times.
       lora_targets: the matrices adapted, `all` of attention and MLP or names of some, as `q_proj,v_proj`.
-      tokenizer: a folder with the tokenizer, None for the model's own.
+      tokenizer: where the tokenizer is, as `path` says it; None for the model's own.
       random_init: seed of a random initialisation from the folder's config.json alone, None to load its weights.
     """
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from gdro_jax.models import hf, hub, lora, qwen3
+from gdro_jax.models import hf, lora, qwen3
 from gdro_jax.models.checkpoint import no_folder, read_config
 from gdro_jax.training import config_io, processes, setup
-from gdro_jax.training.checkpoint import saved_part
+from gdro_jax.training.checkpoint import saved_counters, saved_part
 from gdro_jax.training.config import ModelConfig
 
 _PREFIX = ".learner.model."
@@ -24,7 +24,8 @@ def export(source: str, out: str, *, dtype: str | None = None, max_file_bytes: i
     cast and written parameter by parameter, on the host; of adapters' sums one at a time is made on a device.
 
     Args:
-      source: a run's folder (its newest checkpoint is taken), `RUN/checkpoints/STEP`, a Hugging Face folder or name.
+      source: a run's folder (its newest checkpoint is taken), `RUN/checkpoints/STEP`, a Hugging Face folder or
+        name, or `embedded`.
       out: the folder to make, with weights, config.json, tokenizer and generation_config.json; whole or not at all.
       dtype: of the tensors; None for the run's `model.dtype`, and for that of the files of a Hugging Face folder.
         The run's parameters, or the float32 sum of its base and adapters, are rounded to this alone.
@@ -40,7 +41,7 @@ def export(source: str, out: str, *, dtype: str | None = None, max_file_bytes: i
         config = config_io.load(run / "config.yaml").model
         tokens_at, made_from = _folders(config)
     else:
-        made_from = tokens_at = hub.resolve(source)
+        made_from = tokens_at = setup.model_folder(source, weights=False)
         if not made_from.is_dir():
             raise setup.InputError(
                 f"{source}: {no_folder(made_from)}; expected a run, one of its checkpoints, or a model"
@@ -54,6 +55,7 @@ def export(source: str, out: str, *, dtype: str | None = None, max_file_bytes: i
         dtype = config.dtype if dtype is None else dtype
         params = _of_run(_checkpoint(run, step), config, architecture, dtype)
     else:
+        made_from = setup.model_folder(source)  # no sooner: a Hub name's weights are downloaded here
         hf.check(made_from)
         dtype = hf.stored_dtype(made_from) if dtype is None else dtype
         params = hf.read_params(made_from, dtype)
@@ -105,6 +107,8 @@ def _of_run(
     shapes = {f"{_PREFIX}arrays[{name!r}]": array.shape for name, array in like.arrays.items()}
     held = saved_part(checkpoint, shapes)
     base = _base(config)
+    if saved_counters(checkpoint).get("reference") not in (None, setup.weights_of(config)):
+        raise setup.InputError(f"{config.path}: are not the weights that the run began with, which its adapters lie on")
     return _merged(
         base, dataclasses.replace(like, arrays=dict(zip(like.arrays, map(held, shapes), strict=True))), dtype
     )

@@ -92,6 +92,12 @@ def ready(
     return out, notes
 
 
+def first_prompt(ready: prompts.Prompts, tokenizer: prompts.Tokenizer) -> str:
+    """The line that shows a prompt as the model gets it, decoded from its token ids."""
+    first = list(ready.tokens[0])
+    return f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}"
+
+
 def verifier(config: Config, name: str | None = None) -> rewards.Verifier:
     """The run's verifier, or the one of that name with the run's settings; to be closed after use."""
     data = config.data

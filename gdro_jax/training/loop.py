@@ -87,6 +87,7 @@ class Trainer:
         self.folder = pathlib.Path(config.run.output)
         base, low_rank = parts.policy.model, config.model.lora_rank is not None
         self.reference = qwen3.working(base) if config.train.kl_coef > 0 or low_rank else None
+        self._reference_weights = None if self.reference is None else setup.weights_of(config.model)
         longest = config.data.max_prompt_tokens or parts.train.longest
         self.tokens, self.mask = prompt_data.pad(parts.train.tokens, longest)
         self.strata = np.array([p.stratum for p in parts.train.problems], dtype=object)
@@ -233,6 +234,7 @@ class Trainer:
             return  # an update took them and gave none back
         counters = {"ledger": dataclasses.asdict(self.ledger), "pending": records.plain(self._pending)}
         counters |= {"data": self.parts.train.fingerprint, "left_out": list(self._left_out)}
+        counters["reference"] = self._reference_weights
         self.checkpoints.save(self.step, self.state._replace(rule=jax.device_get(self.state.rule)), counters)
 
     def _open(self) -> None:
@@ -406,6 +408,12 @@ class Trainer:
             raise setup.InputError(
                 f"data.train={self.config.data.train!r}: is not what the run in run.output={self.config.run.output!r} "
                 "was trained on (other problems, or others of them usable); give it back, or choose another folder"
+            )
+        if counters.get("reference") not in (None, self._reference_weights):
+            raise setup.InputError(
+                f"model.path={self.config.model.path!r}: are not the weights that the run in "
+                f"run.output={self.config.run.output!r} began with, which it still needs; give them back, or choose "
+                "another folder"
             )
         self.ledger, self._pending, self.step = Ledger(**counters["ledger"]), counters["pending"], latest
         self._left_out = guard.LeftOut(*counters.get("left_out", ()))  # a checkpoint of before has none

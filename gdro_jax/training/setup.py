@@ -79,6 +79,11 @@ def model_folder(path: str, weights: bool = True) -> pathlib.Path:
     return hub.resolve(path, weights)
 
 
+def weights_of(config: ModelConfig) -> str:
+    """Tells apart the weights that a run begins with; the errors of `model_folder`."""
+    return digest(model_folder(config.path, weights=False), "", weights=config.random_init is None)
+
+
 def tokenizer_folder(config: ModelConfig) -> pathlib.Path:
     """Where the tokenizer is: `model.tokenizer`, or the model's own folder; the errors of `model_folder`."""
     return model_folder(config.path if config.tokenizer is None else config.tokenizer, weights=False)
@@ -140,7 +145,7 @@ def outline(config: ModelConfig) -> Outline:
     Raises:
       InputError, CheckpointError, DataError: a missing folder or file, or one that does not fit.
     """
-    folder = model_folder(config.path, weights=config.random_init is None)
+    folder = model_folder(config.path, weights=False)
     if not folder.is_dir():
         raise InputError(
             f"model.path={config.path!r}: {no_folder(folder)}; expected config.json and *.safetensors in it"
@@ -162,6 +167,7 @@ def outline(config: ModelConfig) -> Outline:
     kernel = attention_kernel(config, cut, jax.devices()[0])
     tokenizer, stops = tokens_of(folder, tokens_at, cut.vocab_size)
     if config.random_init is None:
+        folder = model_folder(config.path)  # no sooner: a Hub name's weights are downloaded here
         hf.check(folder)
     return Outline(folder, cut, kernel, tokenizer, stops)
 
@@ -233,9 +239,7 @@ def check(config: Config, seen: Outline | None = None, data: inputs.Inputs | Non
     seen = outline(config.model) if seen is None else seen
     tokenizer, most = seen.tokenizer, most_prompt_tokens(config, seen.architecture, _response(config))
     train, notes = inputs.ready(data.train, config.data.template, tokenizer, config, most)
-    first = train.tokens[0]
-    shown = f"first prompt, {len(first)} tokens: {tokenizer.decode(list(first))!r}"
-    notes = [*data.notes, *notes, shown]
+    notes = [*data.notes, *notes, inputs.first_prompt(train, tokenizer)]
     heldout = None
     if data.heldout is not None:
         heldout, more = inputs.ready(data.heldout, config.eval_template, tokenizer, config, most)

@@ -186,6 +186,24 @@ def test_chat_template_of_qwen3(qwen_tokenizer: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("chat", "words"),
+    [
+        ({"enable_thinkin": False}, "data.chat.enable_thinkin=False: the tokenizer's chat template has no such option"),
+        ({"messages": []}, "data.chat.messages="),
+        ({"add_generation_prompt": False}, "data.chat.add_generation_prompt=False"),
+        ({"tokenize": True}, "data.chat.tokenize=True"),
+        ({"system": 5}, "data.chat={'system': 5}: the tokenizer's chat template refuses it"),
+    ],
+)
+def test_what_a_chat_template_does_not_take_is_named(qwen_tokenizer: Path, chat: dict, words: str) -> None:
+    """An option with a typo would change nothing, and nobody would know."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(qwen_tokenizer)
+    with pytest.raises(DataError) as error:
+        prompts.prepare(problems("ab"), tokenizer, chat=chat)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_tokenizer_without_a_chat_template_is_named() -> None:
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         prompts.prepare(problems("ab"), LettersWithoutChat(), chat={})

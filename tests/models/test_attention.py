@@ -1,6 +1,7 @@
 """Every attention kernel is the plain one: values, gradients, padding, a mesh; the one that runs is chosen by rule."""
 
 import re
+import types
 from collections.abc import Callable
 
 import jax
@@ -177,6 +178,26 @@ def test_the_kernel_chosen(asked: str, platform: str, head_dim: int, dtype: str,
 def test_one_that_cannot_run_is_refused(asked: str, platform: str, head_dim: int, dtype: str, why: str) -> None:
     with pytest.raises(ValueError, match=rf"^attention='{asked}': .*{why}"):
         attention.choose(asked, platform, head_dim, dtype)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "kernel"),
+    [
+        ("gpu", "9.0", "cudnn"),
+        ("cuda", "8.0", "cudnn"),
+        ("gpu", "7.5", "xla"),
+        ("gpu", "gfx942", "xla"),
+        ("tpu", None, "splash"),
+    ],
+)
+def test_auto_takes_cudnn_from_ampere_on(platform: str, capability: str | None, kernel: str) -> None:
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    asked = config_io.load(None, [("model.dtype", "bfloat16")]).model
+    assert setup.attention_kernel(asked, config(head_dim=128), device) == kernel
+    if kernel == "xla":
+        asked = config_io.load(None, [("model.dtype", "bfloat16"), ("model.attention", "cudnn")]).model
+        with pytest.raises(setup.InputError, match="runs on a GPU of NVIDIA, this is gpu without flash attention"):
+            setup.attention_kernel(asked, config(head_dim=128), device)
 
 
 def test_the_configuration_reaches_the_model() -> None:

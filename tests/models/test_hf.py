@@ -1,8 +1,10 @@
 """Hugging Face folders in and out: every tensor equal, bad folders refused in one line before any device memory."""
 
+import errno
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -257,6 +259,14 @@ def test_a_truncated_file_is_refused(keep: int, folder: pathlib.Path, monkeypatc
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling factor=None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}}, "rope_scaling: mscale not supported"),
         ({"rope_theta": "big"}, "rope_theta='big'"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling: factor without a rope_type; 'linear' or 'yarn' is needed"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention without a rope_type"),
+        ({"rope_parameters": [1]}, "rope_parameters=[1]: expected an object"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "differ; keep one of them",
+        ),
+        ({"original_max_position_embeddings": 16}, "original_max_position_embeddings=16: must stand in rope_scaling"),
     ],
 )
 def test_another_architecture_is_refused(
@@ -308,6 +318,29 @@ def test_saving_never_removes_what_it_would_not_write(tmp_path: pathlib.Path) ->
     with pytest.raises(hf.CheckpointError, match=r"thesis\.tex"):
         hf.save(make_model(BASE), tmp_path / "work")
     assert (tmp_path / "work" / "thesis.tex").read_text() == "text"
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: pathlib.Path) -> None:
+    """The library that writes tensors raises its own, which nothing above would know for what it is."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            hf.save(make_model(UNTIED), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path.resolve())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: pathlib.Path(path).name == "mounted")
+    with pytest.raises(hf.CheckpointError, match="mounted: is a mount point"):
+        hf.save(make_model(BASE), tmp_path / "mounted")
+    assert [p.name for p in tmp_path.iterdir()] == ["mounted"]
 
 
 def test_a_failed_save_leaves_the_old_folder_and_nothing_else(

@@ -14,6 +14,9 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from model_cases import BASE, make_model
 
 from gdro_jax.models import hf, hub
+from gdro_jax.training import setup
+from gdro_jax.training.config import ModelConfig
+from gdro_jax.training.export import export
 
 
 @pytest.fixture
@@ -58,6 +61,16 @@ def test_without_weights_one_small_download_is_enough(published: tuple) -> None:
     assert (folder / "config.json").is_file() and not list(folder.glob("*.safetensors"))
 
 
+def test_small_files_are_checked_before_weights_are_downloaded(published: tuple, tmp_path: pathlib.Path) -> None:
+    """Of a run and of an export: tokenizer, kernel, the folder to write to."""
+    _, calls = published
+    with pytest.raises(setup.InputError, match=r"holds no tokenizer\.json"):
+        setup.outline(ModelConfig(path="Org/Model"))
+    with pytest.raises(hf.CheckpointError, match=r"no tokenizer\.json"):
+        export("Org/Model", str(tmp_path / "out"))
+    assert calls and not any("*.safetensors" in patterns for *_, patterns in calls)
+
+
 def test_what_cannot_be_had_is_one_line(published: tuple) -> None:
     with pytest.raises(hf.CheckpointNotFoundError) as error:
         hf.load("Org/Other")
@@ -70,6 +83,11 @@ def test_places_on_this_machine_are_not_names(path: str, published: tuple) -> No
     _, calls = published
     assert not hub.is_name(path)
     assert hub.resolve(path) == pathlib.Path(path) and not calls
+
+
+def test_a_folder_that_hides_a_name_is_said(published: tuple) -> None:
+    with pytest.raises(hf.CheckpointNotFoundError, match="nor a name of the Hub, since there is a folder remote here"):
+        hf.load("remote/typo")
 
 
 def test_a_connection_that_breaks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

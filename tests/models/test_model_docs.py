@@ -39,13 +39,12 @@ def test_programs_by_depth(program: str) -> None:
 
 def test_loading() -> None:
     found, rows = json.loads((RESULTS / "model_loading.json").read_text()), table("| | seconds | model | peak above")
-    for row, name in zip(rows.values(), found["loads"], strict=True):
-        now, before = found["loads"][name], found["before_staging_in_pieces"][name]
-        peaks = [
-            f"{it['peak_anonymous_bytes'] / 1e9:.2f} GB ({it['peak_anonymous_over_model']:.2f} x)"
-            for it in (now, before)
-        ]
-        assert row == [str(now["seconds"]), row[1], *peaks]
+    for row, it in zip(rows.values(), found["loads"].values(), strict=True):
+        each = it["bytes_on_each_device"]
+        model = f"{len(each)} x " * (len(each) > 1) + f"{each[0] / 1e9:.2f} GB"
+        peak = f"{it['peak_anonymous_bytes'] / 1e9:.2f} GB ({it['peak_anonymous_over_model']:.2f} x)"
+        assert row == [str(it["seconds"]), model, peak] and len(set(each)) == 1
+        assert it["peak_anonymous_bytes"] < it["model_bytes"] + found["largest_tensor_bytes"]
 
 
 def test_attention_compiled_for_a_tpu() -> None:

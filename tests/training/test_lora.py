@@ -1,5 +1,7 @@
 """Low-rank adapters: the base at first, trained and checkpointed alone, sampled from, merged on export."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -69,6 +71,24 @@ def test_adapters_alone_are_trained_and_checkpointed(configure, launch, tmp_path
     )
     unlike = logprobs(trainer, base, out) - np.where(out.mask, out.logprobs, 0)
     assert np.abs(unlike).max() > 1e-3  # it was not the base that was sampled from
+
+
+def test_adapters_go_on_no_other_base(configure, launch, tmp_path, tiny_folder):
+    """A base that became another since would make a model of the two that nobody trained."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = configure(*LOW, f"model.path={model}")
+    trainer = launch(config)
+    trainer.save()
+    trainer.close()
+    whole = export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert_equal(hf.load(whole).arrays(), hf.load(tiny_folder).arrays())
+    changed = jax.tree.map(lambda x: x * 1.01, hf.load(tiny_folder))
+    hf.save(changed, model, tokenizer_from=tiny_folder)
+    with pytest.raises(setup.InputError, match="are not the weights that the run began with"):
+        export(str(tmp_path / "run"), str(tmp_path / "again"))
+    with pytest.raises(setup.InputError, match=r"model\.path=.*: are not the weights that the run in run\.output="):
+        launch(config)
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.slow
