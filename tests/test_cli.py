@@ -449,8 +449,8 @@ def test_an_evaluation_that_nothing_can_be_graded_in_is_one_line_and_exit_code_1
     settings = ["--eval.samples=1", "--eval.k=1", "--sampling.max_new_tokens=2", "--data.max_unscorable"]
     for limit, words in ((0.5, "100% of the responses could not be graded"), (1, "no response could be graded")):
         assert invoke("eval", "embedded", problems, *settings, limit) == 1
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" tokens")]
-        note, line = lines
+        printed = capsys.readouterr().err.splitlines()
+        _, note, line = [line for line in printed if not line.endswith(" tokens")]
         assert note.startswith("nothing is kept; --out ") and line.startswith("gdro eval: ") and words in line
 
 
