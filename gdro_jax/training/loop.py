@@ -129,7 +129,7 @@ class Trainer:
         does where there are several processes: the others, who must save with this one, may not know of it.
 
         Raises:
-          agreement.Disagreement: sampler and trainer are too far apart; nothing is trained.
+          agreement.Disagreement: sampler and trainer are too far apart; nothing is trained on such samples.
           guard.NotFiniteError: too many updates in a row were left out.
         """
         stop = processes.agreed(stop)
@@ -208,6 +208,15 @@ class Trainer:
         gap = agreement.measure(self._sampler, model, *asked, *limits, self.parts.layout)
         agreement.check(gap, settings.gap_tolerance)
         return gap
+
+    def _check_served(self, out: sampling.Rollouts, ids: np.ndarray, index: np.ndarray) -> None:
+        """A served model may stop reading new weights at any time: some of a step's responses are compared."""
+        settings = self.config.sampling
+        if settings.server is None or settings.gap_tolerance is None:
+            return
+        asked = (self._policy(), self.tokens[ids], self.mask[ids], index, settings.temperature)
+        gap = agreement.compare(out, *asked, self.parts.layout, some=True)
+        agreement.check(gap, settings.gap_tolerance, f"step {self.step + 1}: ")
 
     def one_step(self, watch: Watch = _nothing) -> records.Record:
         """Plans, samples, grades, updates policy and controllers; returns the step's log record."""
@@ -304,6 +313,7 @@ class Trainer:
             clock.lap("sample")
             grades, said = grader.result()
         clock.lap("verify")  # what is left of grading once the last row has ended
+        self._check_served(out, ids, index)
         rewards.check_failures(grades.failures, len(said), self.config.data.max_unscorable, f"step {number}")
         reward = self.config.reward
         shaped = shaping.shaped(
