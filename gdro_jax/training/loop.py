@@ -360,6 +360,7 @@ class Trainer:
         return {
             "step": number,
             "learning_rate": float(learning_rate(self.config.train)(max(updates - 1, 0))),
+            "useful_slot_steps": float(collected.rollouts.mask.sum()) / self._sampler.slot_steps,
             "train_padding": self._padding(collected),
             **{name: float(value) for name, value in result.metrics.items()},
             **collected.record(outcome, controller, self.strata, self.config.controller.mean_rollouts),

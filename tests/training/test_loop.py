@@ -368,6 +368,8 @@ def test_ledger_and_record(configure, launch, tmp_path):
         assert ledger["tokens"] == sum(int(m.sum()) for m in masks[:step])
         assert ledger["scored"] == sum(int(s.sum()) for s in scorable[:step]) <= ledger["rollouts"]
         assert ledger["slot_steps"] == sum(4 * refilled_steps(m.sum(1), 4) for m in masks[:step])
+        now = masks[step - 1].sum(1)
+        assert record["useful_slot_steps"] == pytest.approx(now.sum() / (4 * refilled_steps(now, 4)))
         assert record["unscorable"] == pytest.approx(1 - scorable[step - 1].mean())
         assert record["response_length"] == pytest.approx(masks[step - 1].sum(1).mean())
         assert record["bins"]["share"].sum() == pytest.approx(1)
