@@ -1,5 +1,6 @@
 """Held-out evaluation of the policy along a run and at its end."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from gdro_jax import rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.evaluation import run as evaluation
 from gdro_jax.evaluation import summarise
+from gdro_jax.sampling import Progress
 from gdro_jax.training import engines, setup
 from gdro_jax.training.config import Config
 from gdro_jax.training.records import Record
@@ -24,8 +26,10 @@ class Evaluator:
         settings = config.eval_sampling(parts.policy.stop_tokens)
         self._sampler = engines.sampler(parts.policy.model, settings, parts.layout.mesh)
 
-    def __call__(self, model: Any, key: jax.Array, final: bool) -> tuple[Record, int]:
-        """Summaries and the number of responses they took.
+    def __call__(
+        self, model: Any, key: jax.Array, final: bool, watch: Callable[[Progress], None]
+    ) -> tuple[Record, int]:
+        """Summaries and the number of responses they took; `watch` is told how far sampling is.
 
         `eval` covers all problems for the base and at the end, and the first of each stratum along the way; there
         `eval_part` is the summary of the latter too (of the same responses), so that curves compare like with like.
@@ -41,6 +45,7 @@ class Evaluator:
             samples,
             self._config.data.max_prompt_tokens or self._all.longest,
             self._config.eval.problems_per_call,
+            watch=watch,
         )
         counts = evaluation.count(batches, len(self._all.problems))
         summaries = {

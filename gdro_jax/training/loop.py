@@ -6,6 +6,7 @@ that is stopped and resumed goes on exactly as if it had not been.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def _nothing(step: int, progress: sampling.Progress) -> None:
 
 
 class _LeftError(Exception):
-    """A stop was asked for while a step sampled: the step counts as not begun."""
+    """A stop was asked for while a step, or an evaluation, sampled: it counts as not begun."""
 
 
 class State(NamedTuple):
@@ -122,8 +123,8 @@ class Trainer:
     ) -> bool:
         """Trains to the last step; True when done, False when `stop` asked for an end.
 
-        `on_sampled` hears how far a step's sampling is, a segment at a time. A stop is heeded there too: what the step
-        has sampled is dropped, and sampled again on resuming.
+        `on_sampled` hears how far the sampling of a step or an evaluation is, a segment at a time. A stop is heeded
+        there too: what has been sampled is dropped, and sampled again on resuming.
         However it ends, by a fault too, everything up to the last whole step is in a checkpoint; only a fault in the
         update itself, which works in the state's own memory, leaves the checkpoint before, as any but `FAULTS_OF_ALL`
         does where there are several processes: the others, who must save with this one, may not know of it.
@@ -145,21 +146,20 @@ class Trainer:
             self.check_agreement()
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
-                on_record(self._write({"step": 0} | self._evaluate(final=True)))
+                on_record(self._write({"step": 0} | self._evaluate(True, watch)))
             while True:
                 if self._pending is not None:
                     if self._evaluation_due() and stop():
                         break
-                    on_record(self._finish(self._pending))
+                    on_record(self._finish(self._pending, watch))
                 if stop() or self.step >= self.config.run.steps:
                     break
-                try:
-                    self._pending = self.one_step(watch)
-                except _LeftError:  # of all processes, after the same segment
-                    break
+                self._pending = self.one_step(watch)
                 if self._due(self.config.run.checkpoint_every):
                     self.save()
                 guard.check(self._left_out, self.config.train.max_skipped, self.folder, self.step)
+            whole = True
+        except _LeftError:  # of all processes, after the same segment
             whole = True
         except FAULTS_OF_ALL:
             whole = True
@@ -259,12 +259,12 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         return self._evaluator is not None and (self._last() or self._due(self.config.eval.every))
 
-    def _finish(self, record: records.Record) -> records.Record:
+    def _finish(self, record: records.Record, watch: Watch) -> records.Record:
         """The step's evaluation, if it is due, and its line in the log."""
         if self._evaluation_due():
             if self._last():
                 self.save()  # evaluating everything takes a while
-            record = record | self._evaluate(final=self._last())
+            record = record | self._evaluate(self._last(), watch)
         written, self._pending = self._write(record), None
         return written
 
@@ -385,10 +385,11 @@ class Trainer:
         self.ledger.seconds += clock.total - compiling
         self.ledger.compile_seconds += compiling
 
-    def _evaluate(self, final: bool) -> records.Record:
+    def _evaluate(self, final: bool, watch: Watch) -> records.Record:
         assert self._evaluator is not None
         begun = time.perf_counter()
-        summaries, rollouts = self._evaluator(self._policy(), self._fold(_EVAL), final)
+        hear = functools.partial(watch, self.step)
+        summaries, rollouts = self._evaluator(self._policy(), self._fold(_EVAL), final, hear)
         self.ledger.eval_rollouts += rollouts
         self.ledger.eval_seconds += time.perf_counter() - begun
         return summaries

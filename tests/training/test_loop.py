@@ -266,6 +266,17 @@ def test_a_stop_while_sampling_leaves_within_a_segment(configure, launch, tmp_pa
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_a_stop_while_an_evaluation_samples_leaves_within_a_segment(configure, launch, heldout, tmp_path):
+    trainer, heard = launch(configure(*heldout, "run.steps=1", "sampling.segment=1")), []
+    stopped = trainer.run(lambda record: None, lambda: bool(heard), lambda *seen: heard.append(seen))
+    assert stopped is False and trainer.checkpoints.latest() == 0 and logged(tmp_path / "run") == []
+    ((step, progress),) = heard  # not a segment more
+    assert step == 0 and progress.done < progress.total == 12
+    records = train(trainer)
+    assert [record["step"] for record in records] == [0, 1] and records[0]["ledger"]["eval_rollouts"] == 12
+
+
 def test_a_run_goes_on_with_the_problems_it_was_trained_on_alone(configure, launch, tmp_path):
     config = configure("run.steps=1")
     file = tmp_path / "twelve.jsonl"
