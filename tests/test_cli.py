@@ -450,7 +450,7 @@ def test_an_evaluation_that_nothing_can_be_graded_in_is_one_line_and_exit_code_1
     for limit, words in ((0.5, "100% of the responses could not be graded"), (1, "no response could be graded")):
         assert invoke("eval", "embedded", problems, *settings, limit) == 1
         printed = capsys.readouterr().err.splitlines()
-        _, note, line = [line for line in printed if not line.endswith(" tokens")]
+        note, _, line = [line for line in printed if not line.endswith(" tokens")]
         assert note.startswith("nothing is kept; --out ") and line.startswith("gdro eval: ") and words in line
 
 

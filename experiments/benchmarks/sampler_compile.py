@@ -28,7 +28,7 @@ from gdro_jax.models import attention, qwen3
 from gdro_jax.models.presets import PRESETS
 from gdro_jax.models.sharding import param_sharding
 from gdro_jax.sampling import SamplingConfig
-from gdro_jax.sampling.programs import Asked, Programs
+from gdro_jax.sampling.programs import Asked, Programs, tile
 from gdro_jax.sampling.sampler import reader
 
 GIB = 2**30
@@ -85,7 +85,8 @@ def compiled(mesh: jax.sharding.Mesh, config: SamplingConfig, asked: argparse.Na
     leave_at = jax.ShapeDtypeStruct((), jnp.int32, sharding=arguments[2].sharding)
     line |= {"prompts_gib": held_by_chip(held[0].prompts), "cache_gib": held_by_chip(held[1].cache)}
     line["grow_gib"] = round(line["weights_gib"] + line["prompts_gib"] + 1.5 * line["cache_gib"], 3)
-    _, line["segment"] = timed(programs.decoding, arguments[0], *held, leave_at, tile=min(4, asked.rollouts))
+    rows = asked.prompts * asked.rollouts
+    _, line["segment"] = timed(programs.decoding, arguments[0], *held, leave_at, tile=tile(asked.prompts, rows))
     return line
 
 

@@ -3,9 +3,10 @@
 w1a       16 prompts of 64 tokens x 8 rollouts, 128 new tokens each, log-probs returned
 w3        the same rows in 40 slots, up to 512 new tokens, 128 of 8,192 tokens stopping a row
 w3-fixed  the same rows all at once, decoded until the longest ends, as fixed-batch loops do
-w3-graded w3 while math-verify grades real responses, one for each row: --data FOLDER with labelled_responses.jsonl
+w3-graded w3 while math-verify grades real responses, one for each row: --data FOLDER with labelled_responses.jsonl;
+          --hard takes those alone that a worker must be asked about, some of them again
 cache     log-probs of the shipped base against the trainer's, by what keys and values are kept in
-flat      decode seconds per token while the prompts already finished grow, 4 rows each
+flat      decode seconds per token while the prompts already finished grow, 256 of 4 rows each
 
 Qwen3 of 4 layers, width 256, feed-forward 768, 8 heads over 4 KV heads of 32, vocabulary 8,192, random float32 weights.
 Seconds are medians of calls after the first; memory is the peak of this process.
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("workload", choices=("w1a", "w3", "w3-fixed", "w3-graded", "cache", "flat"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data", type=pathlib.Path, help="of w3-graded")
+    parser.add_argument("--hard", action="store_true", help="of w3-graded")
     parser.add_argument("--workers", type=int, default=2, help="that grade, of w3-graded")
     parser.add_argument("--slots", type=int, default=40, help="of w3")
     asked = parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> None:
     match asked.workload:
         case "w1a":
             line |= speed(model, SamplingConfig(max_new_tokens=128), asked.repeats)
-            line |= limits(model)
+            line |= limits(model, line["tokens_per_second"])
         case "w3":
             config = SamplingConfig(max_new_tokens=512, stop_tokens=STOPS, slots=asked.slots)
             line |= speed(model, config, asked.repeats)
@@ -64,11 +66,11 @@ def main() -> None:
             line |= speed(model, config, asked.repeats)
         case "w3-graded":
             config = SamplingConfig(max_new_tokens=512, stop_tokens=STOPS, slots=asked.slots)
-            line |= graded(model, config, asked.repeats, asked.data, asked.workers)
+            line |= graded(model, config, asked.repeats, asked.data, asked.workers, asked.hard)
         case "cache":
             line |= cache()
         case "flat":
-            line |= flat(model)
+            line |= flat(model, asked.repeats)
     print(json.dumps(line))
 
 
@@ -120,14 +122,24 @@ def speed(model: qwen3.Qwen3, config: SamplingConfig, repeats: int) -> dict[str,
 class Replaced:
     """Grades real responses in place of what was sampled: the answer given for a row is the row's number."""
 
-    def __init__(self, data: pathlib.Path, verifier, rows: int):
+    def __init__(self, data: pathlib.Path, verifier, rows: int, hard: bool):
         lines = [json.loads(line) for line in (data / "labelled_responses.jsonl").read_text().splitlines()]
         pairs = [(response, line["gt"]) for line in lines for response in line["code"]]
-        self._pairs, self._verifier = pairs[:: len(pairs) // rows][:rows], verifier
+        if hard:
+            pairs = [pair for pair in pairs if by_worker(pair)]
+        spread = pairs[:: max(1, len(pairs) // rows)]
+        self.pairs, self._verifier = list(itertools.islice(itertools.cycle(spread), rows)), verifier
 
     def grade(self, responses: list[str], answers: list[str]):
-        pairs = [self._pairs[int(row)] for row in answers]
+        pairs = [self.pairs[int(row)] for row in answers]
         return self._verifier.grade([response for response, _ in pairs], [gold for _, gold in pairs])
+
+
+def by_worker(pair: tuple[str, str]) -> bool:
+    """Whether a worker is asked about a response and gold answer, which are no plain numbers or spelled unlike."""
+    from gdro_jax.rewards import base, math_verifier
+
+    return isinstance(math_verifier._plan(*pair), base.Pair)
 
 
 class Numbers:
@@ -138,7 +150,7 @@ class Numbers:
 
 
 def graded(
-    model: qwen3.Qwen3, config: SamplingConfig, repeats: int, data: pathlib.Path, workers: int
+    model: qwen3.Qwen3, config: SamplingConfig, repeats: int, data: pathlib.Path, workers: int, hard: bool
 ) -> dict[str, object]:
     """What is left of grading when the last row has ended, and how long it takes if it is left until then."""
     from gdro_jax import rewards  # the other workloads are measured without what these import
@@ -149,7 +161,7 @@ def graded(
     index = np.repeat(np.arange(PROMPTS, dtype=np.int32), ROLLOUTS)
     rows, sampled, waited, alone, scored = [str(row) for row in range(len(index))], [], [], [], 0
     with rewards.make("math", workers=workers, timeout=30.0) as math:
-        verifier = Replaced(data, math, len(index))
+        verifier = Replaced(data, math, len(index), hard)
         verifier.grade([], rows)  # workers start
         for number in range(repeats + 1):
             out, begun = empty(len(index), config.max_new_tokens), time.perf_counter()
@@ -167,6 +179,7 @@ def graded(
     return {
         "rows": len(index),
         "workers": workers,
+        "asked_of_workers": sum(map(by_worker, verifier.pairs)),
         "scorable": scored // (repeats + 1),
         "sample_seconds": [round(s, 3) for s in sampled[1:]],
         "wait_seconds": [round(s, 3) for s in waited[1:]],
@@ -196,20 +209,27 @@ def cache() -> dict[str, object]:
     return {"head_dim": model.config.head_dim, "gaps": gaps}
 
 
-def limits(model: qwen3.Qwen3) -> dict[str, object]:
-    """Floating-point operations and bytes a token takes, and the rates that this machine reaches on their own."""
+def limits(model: qwen3.Qwen3, tokens_per_second: float) -> dict[str, object]:
+    """Floating-point operations and bytes a token needs, and their shares of the rates this machine reaches alone.
+
+    A token needs its row's own keys and values, its share of its prompt's, which its prompt's rows read together, and
+    its share of the weights, which all rows read together.
+    """
     matrices = sum(x.size for x in jax.tree.leaves(model) if x.ndim > 1)  # the tied head is one of them
     attention = 2 * MODEL.num_layers * MODEL.num_heads * MODEL.head_dim * (PROMPT_TOKENS + 64)  # 64: mean of 0..127
-    cache = 4 * 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim * 64
+    vector = 4 * 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim
+    rows = PROMPTS * ROLLOUTS
+    needed = {"own": 64 * vector, "prompt": PROMPT_TOKENS * vector / ROLLOUTS, "weights": 4 * matrices / rows}
     a, b = jnp.ones((128, 256)), jnp.ones((256, 8192))
-    product = _seconds(jax.jit(lambda a, b: a @ b), a, b)
-    block = jnp.ones(2**24)
-    read = _seconds(jax.jit(jnp.sum), block)
+    product = 2 * 128 * 256 * 8192 / _seconds(jax.jit(lambda a, b: a @ b), a, b)
+    read = 4 * 2**24 / _seconds(jax.jit(jnp.sum), jnp.ones(2**24))
     return {
         "flop_per_token": 2 * (matrices + attention),
-        "cache_bytes_per_token": cache,
-        "measured_flop_per_second": round(2 * 128 * 256 * 8192 / product),
-        "measured_read_bytes_per_second": round(4 * 2**24 / read),
+        "bytes_per_token": {name: round(size) for name, size in needed.items()},
+        "measured_flop_per_second": round(product),
+        "measured_read_bytes_per_second": round(read),
+        "share_of_flop": round(tokens_per_second * 2 * (matrices + attention) / product, 3),
+        "share_of_bandwidth": round(tokens_per_second * sum(needed.values()) / read, 3),
     }
 
 
@@ -223,20 +243,23 @@ def _seconds(function, *arguments) -> float:
     return statistics.median(spent)
 
 
-def flat(model: qwen3.Qwen3) -> dict[str, object]:
-    """Seconds per token of each quarter of a call over 64 prompts in 16 slots."""
+def flat(model: qwen3.Qwen3, repeats: int) -> dict[str, object]:
+    """Microseconds a token of each quarter of a call over 256 prompts in 16 slots, medians over calls and each of them.
+
+    All rows have 48 tokens, so that every slot is busy from the first step to the last.
+    """
     sampler = Sampler(model, SamplingConfig(max_new_tokens=48, slots=16))
-    tokens, mask = prompts(64)
-    index = np.repeat(np.arange(64, dtype=np.int32), 4)
-    marks: list[tuple[int, float]] = []
-    for number in range(2):  # the first call compiles
+    tokens, mask = prompts(256)
+    index, calls = np.repeat(np.arange(256, dtype=np.int32), 4), []
+    for number in range(repeats + 1):  # the first call compiles
         begun, marks = time.perf_counter(), []
-        for progress in sampler.stream(empty(256, 48), tokens, mask, index, index, jax.random.key(number)):
+        for progress in sampler.stream(empty(1024, 48), tokens, mask, index, index, jax.random.key(number)):
             marks.append((progress.tokens, time.perf_counter() - begun))
-    size = len(marks) // 4
-    ends = [marks[0], *(marks[size * quarter - 1] for quarter in (1, 2, 3, 4))]
-    cost = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(ends)]
-    return {"prompts": 64, "microseconds_per_token_by_quarter": [round(1e6 * c, 1) for c in cost]}
+        size = len(marks) // 4
+        ends = [marks[0], *(marks[size * quarter - 1] for quarter in (1, 2, 3, 4))]
+        calls.append([round(1e6 * (b[1] - a[1]) / (b[0] - a[0]), 1) for a, b in itertools.pairwise(ends)])
+    medians = [round(statistics.median(quarter), 1) for quarter in zip(*calls[1:], strict=True)]
+    return {"prompts": 256, "slots": 16, "microseconds_per_token_by_quarter": medians, "calls": calls[1:]}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Samples a policy on a set of problems and grades what it says: the counts behind mean@k and pass@k."""
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from gdro_jax.data.prompts import Prompts, pad
 from gdro_jax.data.sources import Problem
 from gdro_jax.rewards import Grading
-from gdro_jax.sampling import Rollouts, Sampler, empty
+from gdro_jax.sampling import Progress, Rollouts, Sampler, empty
 
 
 class Counts(NamedTuple):
@@ -66,6 +66,7 @@ def responses(
     *,
     kept: Set[tuple[int, int]] = frozenset(),
     as_they_finish: bool = False,
+    watch: Callable[[Progress], None] = lambda look: None,
 ) -> Iterator[tuple[list[Graded], int]]:
     """Graded responses, one batch of problems at a time, and the tokens generated for them.
 
@@ -76,6 +77,7 @@ def responses(
       kept: problem and rank of responses that are there already: the others of the problem keep their ranks.
       as_they_finish: a part of a batch at every look at the sampler, graded while the others are decoded; a part may
         be empty.
+      watch: told of every look at the sampler; what it raises ends everything.
     """
     todo = [
         place for place, it in enumerate(prompts.problems) if any((it.id, rank) not in kept for rank in range(samples))
@@ -98,7 +100,7 @@ def responses(
             key,
             np.where(wanted, longest, 1).astype(np.int32),  # of the rest a token is drawn and forgotten
         )
-        parts: Iterable[np.ndarray] = (np.sort(look.rows[wanted[look.rows]]) for look in looks)
+        parts: Iterable[np.ndarray] = (np.sort(look.rows[wanted[look.rows]]) for look in _watched(looks, watch))
         if not as_they_finish:
             parts = [np.sort(np.concatenate(list(parts)))]
         for rows in parts:
@@ -108,6 +110,12 @@ def responses(
             said = texts(Rollouts(*(x[rows] for x in out)), tokenizer, sampler.config.stop_tokens)
             ranked = [(owners[row], row % samples) for row in rows.tolist()]
             yield _graded(ranked, said, out.finished[rows], out.mask[rows].sum(axis=1), verifier)
+
+
+def _watched(looks: Iterator[Progress], watch: Callable[[Progress], None]) -> Iterator[Progress]:
+    for look in looks:
+        watch(look)
+        yield look
 
 
 def _graded(

@@ -70,6 +70,9 @@ def health(groups: Groups) -> Figure | None:
         ("clipped_length", "cut at the token limit", "share of rows"),
         ("unscorable", "unscorable responses", "share of rows"),
         ("logprob_gap", "sampler / trainer gap", "largest |Δ log-prob| (nats)"),
+        ("useful_slot_steps", "useful slot-steps of sampling", "share"),
+        ("train_padding", "padding of the update", "share of its work"),
+        ("seconds.verify", "waiting for the verifier", "seconds"),
         ("seconds.total", "time of a step", "seconds"),
         ("compiles", "XLA compilations", "count so far"),
     )

@@ -35,7 +35,7 @@ def place(
     needed = [np.unique(index[part]) for part in parts]
     widest, most = max(map(len, needed)), min(len(prompts), rows)
     share = -(-len(prompts) // shards)
-    spare = int(rows % (len(index) // len(prompts)) > 0) if even else share
+    spare = int(rows % max(1, len(index) // len(prompts)) > 0) if even else share
     room = len(prompts) if shards == 1 else min(most, share + spare)
     room = room if room >= widest else most
     local = [np.searchsorted(ids, index[part]) for ids, part in zip(needed, parts, strict=True)]

@@ -1,9 +1,10 @@
 """The compiled programs of sampling on one device or a mesh, and the shapes they go through.
 
 A *stage* is a shape of the slots: how many, and how many positions their cache has. Decoding starts with all slots and
-a short cache, lengthens the cache when a row outgrows it, and halves the slots as rows end once none waits. So the
-cache follows the longest row alive rather than the longest allowed, and few slots idle at the end. In pages a stage
-has room for so many tokens a slot on average, and grows when all of that is taken; slots stay, an idle one holds none.
+a short cache, lengthens the cache when a row outgrows it, and halves the slots as rows end once none waits: half as
+many of the longest. So the cache follows the longest row until then rather than the longest allowed, and few slots
+idle at the end. In pages a stage has room for so many tokens a slot on average, and grows when all of that is taken;
+slots stay, an idle one holds none.
 """
 
 import functools
@@ -114,6 +115,14 @@ class Programs:
 
     def start(self, model: qwen3.Qwen3, asked: Asked, key: jax.Array, slots: int) -> tuple["Decoding", segment.Context]:
         """Prompts run and first rows seated; at a new shape every program is compiled before that."""
+        begin, decoding = self.compile(model, asked, key, slots)
+        context, decoding.state = begin()
+        return decoding, context
+
+    def compile(
+        self, model: qwen3.Qwen3, asked: Asked, key: jax.Array, slots: int
+    ) -> tuple[Callable[[], tuple[segment.Context, segment.State]], "Decoding"]:
+        """Every program of a new shape compiled; what begins such a call, and the call."""
         growing, shrinking = self.stages(slots)
         on_devices = jax.tree.map(lambda x: self._put(x, self._split), asked)
         seed, impl = self._put(np.asarray(jax.random.key_data(key)), PartitionSpec()), str(jax.random.key_impl(key))
@@ -126,8 +135,7 @@ class Programs:
         if shape not in self._warm:
             decoding.warm_up(*begin())
             self._warm.add(shape)
-        context, decoding.state = begin()
-        return decoding, context
+        return begin, decoding
 
     def _compiled(
         self, function: Callable, specs: tuple, out: object, static: tuple[str, ...], donate: int | None = None

@@ -13,7 +13,7 @@ from gdro_jax.models.sharding import TENSOR_AXIS
 from gdro_jax.sampling import placement
 from gdro_jax.sampling.config import SamplingConfig
 from gdro_jax.sampling.engine import Engine
-from gdro_jax.sampling.programs import Programs
+from gdro_jax.sampling.programs import Asked, Programs
 from gdro_jax.sampling.rollouts import Progress, Rollouts, book
 
 
@@ -56,6 +56,22 @@ class Sampler(Engine):
         """Samples from `model` from now on."""
         self._model = model
 
+    def compile(self, prompts: int, prompt_length: int, rows: int) -> None:
+        """Compiles all programs ahead of the first call: P prompts, padded to L tokens, with about equally many rows.
+
+        A first call compiles them otherwise. On a mesh a call whose rows lie very unevenly over its prompts may need
+        other shapes.
+
+        Raises:
+          ValueError: a number below 1.
+        """
+        if min(prompts, prompt_length, rows) < 1:
+            raise ValueError(f"prompts, prompt_length, rows: {prompts}, {prompt_length}, {rows}; must be at least 1")
+        index = (np.arange(rows) * prompts // rows).astype(np.int32)
+        tokens, limits = np.zeros((prompts, prompt_length), np.int32), np.ones(rows, np.int32)
+        asked, _ = self._placed(tokens, tokens == 0, index, index, limits)
+        self._programs.compile(qwen3.working(self._model), asked, jax.random.key(0), self._slots(rows))
+
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],
@@ -77,7 +93,8 @@ class Sampler(Engine):
 
         Raises:
           ValueError: an empty prompt, a prompt longer than `prompt_length`, a token outside the vocabulary, no rows,
-            an index outside the prompts, or limits that are not one in 1..max_new_tokens for each row.
+            an index outside the prompts, identities that are not one for each prompt, or limits that are not one in
+            1..max_new_tokens for each row.
         """
         index = np.asarray(prompt_index, np.int32)
         tokens, mask = self._pad(prompts, prompt_length)
@@ -91,6 +108,8 @@ class Sampler(Engine):
         ids = np.array([zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts], np.uint32)
         if prompt_ids is not None:
             ids = np.asarray(prompt_ids).astype(np.uint32)
+            if ids.shape != (len(prompts),):
+                raise ValueError(f"prompt_ids: needs {len(prompts)} of them, one for each prompt")
         return self.rows(tokens, mask, index, ids[index], key, limits)
 
     def stream(
@@ -107,11 +126,8 @@ class Sampler(Engine):
         model = qwen3.working(self._model)  # a copy only while it is used, and only where the dtypes differ
         if limits is None:
             limits = np.full(len(index), self.config.max_new_tokens, np.int32)
-        asked, row_of = placement.place(
-            prompts, prompt_mask, index, identity, ranks(identity), limits, self._programs.shards, self._even
-        )
-        slots = -(-min(self.config.slots or len(index), len(index)) // self._programs.shards)
-        decoding, context = self._programs.start(model, asked, key, slots)
+        asked, row_of = self._placed(prompts, prompt_mask, index, identity, limits)
+        decoding, context = self._programs.start(model, asked, key, self._slots(len(index)))
         self.slot_steps = done = tokens = 0
         look = decoding.advance(context)
         while True:
@@ -125,6 +141,16 @@ class Sampler(Engine):
             yield Progress(ended, done, len(index), tokens, self.slot_steps)
             if not seen.live:
                 return
+
+    def _placed(
+        self, prompts: np.ndarray, mask: np.ndarray, index: np.ndarray, identity: np.ndarray, limits: np.ndarray
+    ) -> tuple[Asked, np.ndarray]:
+        order = ranks(identity)
+        return placement.place(prompts, mask, index, identity, order, limits, self._programs.shards, self._even)
+
+    def _slots(self, rows: int) -> int:
+        """Of a shard."""
+        return -(-min(self.config.slots or rows, rows) // self._programs.shards)
 
     def _pad(self, prompts: Sequence[Sequence[int]], length: int | None) -> tuple[np.ndarray, np.ndarray]:
         sizes = [len(p) for p in prompts]

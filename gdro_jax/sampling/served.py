@@ -1,8 +1,8 @@
 """Samples from a served model instead: an OpenAI-style completions endpoint that takes and gives token ids, as vLLM's.
 
 The policy there must be the one that is trained. Whether it is, is the server's and the caller's affair (`push`), and
-is checked, not believed: `training.agreement` compares its log-probs with the trainer's before a run starts, and every
-step logs the gap.
+is checked, not believed: `training.agreement` compares its log-probs with the trainer's before a run starts, and some
+responses of every step before they are trained on.
 """
 
 import http.client
@@ -22,6 +22,8 @@ from gdro_jax.models import qwen3
 from gdro_jax.sampling.config import SamplingConfig
 from gdro_jax.sampling.engine import Engine
 from gdro_jax.sampling.rollouts import Progress, Rollouts
+
+_ROUNDING = 1e-3  # above 0 that a log-prob of a token that is all but certain may come to
 
 
 class ServerError(RuntimeError):
@@ -77,9 +79,11 @@ class ServedModel(Engine):
         self.config, self.slot_steps = config, 0
         self._url, self._name, self._timeout, self._push = url.rstrip("/"), name, timeout, push
         self._pushed: qwen3.Qwen3 | None = None
+        self._vocab = float("inf")  # until a model is known
 
     def update(self, model: qwen3.Qwen3) -> None:
         """Samples from `model` from now on, if `push` brings it there."""
+        self._vocab = model.config.vocab_size
         if self._push is not None and model is not self._pushed:
             self._push(model)
             self._pushed = model
@@ -148,7 +152,16 @@ class ServedModel(Engine):
                 f"{self._url}: gave {len(tokens)} tokens and {len(logprobs)} log-probs; "
                 f"expected as many of both, finite, 1..{limit}"
             )
-        return _Said(tokens, logprobs, tokens[-1] in self.config.stop_tokens)
+        if min(tokens) < 0 or max(tokens) >= self._vocab:
+            raise ServerError(f"{self._url}: gave a token outside the vocabulary, of {min(tokens)}..{max(tokens)}")
+        if max(logprobs) > _ROUNDING:
+            raise ServerError(f"{self._url}: gave a log-prob above 0, {max(logprobs):g}")
+        stops = self.config.stop_tokens
+        if any(token in stops for token in tokens[:-1]):
+            raise ServerError(f"{self._url}: went on behind a stop token; it must heed stop_token_ids")
+        if len(tokens) < limit and tokens[-1] not in stops:
+            raise ServerError(f"{self._url}: ended a response after {len(tokens)} of {limit} tokens, at no stop token")
+        return _Said(tokens, logprobs, tokens[-1] in stops)
 
 
 def reload(url: str, timeout: float) -> None:

@@ -245,7 +245,7 @@ class GenerationConfig:
         `gdro_jax.sampling.SamplingConfig`; the last six hold for evaluation too.
       top_p, top_k, min_p, min_new_tokens: see there; training refuses whatever cuts the distribution off.
       gap_tolerance: a run whose sampler and trainer differ by more than this in log-probability, on average over
-        tokens, refuses to start; None does not compare.
+        tokens, refuses to start, and ends at the step where a served model does; None does not compare.
       server: samples training responses by an OpenAI-style completions endpoint instead, such as
         `http://localhost:8000/v1`, see docs/sampling.md; None for this package's sampler. Evaluation is not affected.
       server_folder: the folder that it serves; every new policy is written there before the server reads it again.

@@ -1,6 +1,6 @@
 """Held-out evaluation of the policy along a run and at its end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,15 +9,10 @@ from gdro_jax import rewards
 from gdro_jax.data import prompts as prompt_data
 from gdro_jax.evaluation import run as evaluation
 from gdro_jax.evaluation import summarise
+from gdro_jax.sampling import Progress
 from gdro_jax.training import engines, setup
 from gdro_jax.training.config import Config
 from gdro_jax.training.records import Record
-
-Watch = Callable[[int, int], None]
-
-
-def _nothing(done: int, total: int) -> None:
-    """Nobody watches."""
 
 
 class Evaluator:
@@ -31,13 +26,14 @@ class Evaluator:
         settings = config.eval_sampling(parts.policy.stop_tokens)
         self._sampler = engines.sampler(parts.policy.model, settings, parts.layout.mesh)
 
-    def __call__(self, model: Any, key: jax.Array, final: bool, watch: Watch = _nothing) -> tuple[Record, int]:
+    def __call__(
+        self, model: Any, key: jax.Array, final: bool, watch: Callable[[Progress], None]
+    ) -> tuple[Record, int]:
         """Summaries and the number of responses they took.
 
         `eval` covers all problems for the base and at the end, and the first of each stratum along the way; there
         `eval_part` is the summary of the latter too (of the same responses), so that curves compare like with like.
-        `watch` hears of every look at the sampler how many responses are graded, and of how many; what it raises ends
-        the evaluation.
+        `watch` is told at every look at the sampler how far it is; what it raises ends the evaluation.
 
         Raises:
           UnscorableError: more than `data.max_unscorable` of the responses could not be graded.
@@ -54,9 +50,9 @@ class Evaluator:
             self._config.data.max_prompt_tokens or self._all.longest,
             self._config.eval.problems_per_call,
             as_they_finish=True,
+            watch=watch,
         )
-        watched = _watched(parts, len(prompts.problems) * samples, watch)
-        counts = evaluation.count(watched, len(self._all.problems))
+        counts = evaluation.count(parts, len(self._all.problems))
         rewards.check_failures(counts.failures, counts.responses, self._config.data.max_unscorable, "evaluation")
         more = {"tokens": counts.tokens, "clipped": counts.clipped}
         more["unscorable"] = len(counts.failures) / counts.responses
@@ -70,14 +66,3 @@ class Evaluator:
         strata = [p.stratum for p in prompts.problems]
         k = self._config.eval.k
         return dict(summarise(counts.correct[ids], counts.scorable[ids], strata, k, intervals=intervals))
-
-
-def _watched(
-    parts: Iterator[tuple[list[evaluation.Graded], int]], total: int, watch: Watch
-) -> Iterator[tuple[list[evaluation.Graded], int]]:
-    """The same, and `watch` told of each."""
-    done = 0
-    for rows, tokens in parts:
-        done += len(rows)
-        yield rows, tokens
-        watch(done, total)

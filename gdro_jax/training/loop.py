@@ -6,6 +6,7 @@ that is stopped and resumed goes on exactly as if it had not been.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def _nothing(step: int, progress: sampling.Progress) -> None:
 
 
 class _LeftError(Exception):
-    """A stop was asked for while a step or an evaluation sampled: it counts as not begun."""
+    """A stop was asked for while a step, or an evaluation, sampled: it counts as not begun."""
 
 
 class State(NamedTuple):
@@ -125,15 +126,14 @@ class Trainer:
     ) -> bool:
         """Trains to the last step; True when done, False when `stop` asked for an end.
 
-        `on_sampled` hears how far a step's sampling is, a segment at a time. A stop is heeded there too, and between
-        segments of an evaluation: what the step, or the evaluation, has sampled is dropped, and sampled again on
-        resuming.
+        `on_sampled` hears how far the sampling of a step or an evaluation is, a segment at a time. A stop is heeded
+        there too: what has been sampled is dropped, and sampled again on resuming.
         However it ends, by a fault too, everything up to the last whole step is in a checkpoint; only a fault in the
         update itself, which works in the state's own memory, leaves the checkpoint before, as any but `FAULTS_OF_ALL`
         does where there are several processes: the others, who must save with this one, may not know of it.
 
         Raises:
-          agreement.Disagreement: sampler and trainer are too far apart; nothing is trained.
+          agreement.Disagreement: sampler and trainer are too far apart; nothing is trained on such samples.
           guard.NotFiniteError: too many updates in a row were left out.
         """
         stop = processes.agreed(stop)
@@ -141,10 +141,7 @@ class Trainer:
 
         def watch(number: int, progress: sampling.Progress) -> None:
             on_sampled(number, progress)
-            heed(progress.done, progress.total)
-
-        def heed(done: int, total: int) -> None:
-            if done < total and stop():
+            if progress.done < progress.total and stop():
                 raise _LeftError
 
         if self.step < self.config.run.steps and not stop():
@@ -152,12 +149,12 @@ class Trainer:
             self.check_agreement()
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
-                on_record(self._write({"step": 0} | self._evaluate(True, heed)))
+                on_record(self._write({"step": 0} | self._evaluate(True, watch)))
             while True:
                 if self._pending is not None:
                     if self._evaluation_due() and stop():
                         break
-                    on_record(self._finish(self._pending, heed))
+                    on_record(self._finish(self._pending, watch))
                 if stop() or self.step >= self.config.run.steps:
                     break
                 self._pending = self.one_step(watch)
@@ -215,6 +212,15 @@ class Trainer:
         agreement.check(gap, settings.gap_tolerance)
         return gap
 
+    def _check_served(self, out: sampling.Rollouts, ids: np.ndarray, index: np.ndarray) -> None:
+        """A served model may stop reading new weights at any time: some of a step's responses are compared."""
+        settings = self.config.sampling
+        if settings.server is None or settings.gap_tolerance is None:
+            return
+        asked = (self._policy(), self.tokens[ids], self.mask[ids], index, settings.temperature)
+        gap = agreement.compare(out, *asked, self.parts.layout, some=True)
+        agreement.check(gap, settings.gap_tolerance, f"step {self.step + 1}: ")
+
     def one_step(self, watch: Watch = _nothing) -> records.Record:
         """Plans, samples, grades, updates policy and controllers; returns the step's log record."""
         clock = Clock()
@@ -257,12 +263,12 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         return self._evaluator is not None and (self._last() or self._due(self.config.eval.every))
 
-    def _finish(self, record: records.Record, heed: evaluator.Watch) -> records.Record:
+    def _finish(self, record: records.Record, watch: Watch) -> records.Record:
         """The step's evaluation, if it is due, and its line in the log."""
         if self._evaluation_due():
             if self._last():
                 self.save()  # evaluating everything takes a while
-            record = record | self._evaluate(self._last(), heed)
+            record = record | self._evaluate(self._last(), watch)
         written, self._pending = self._write(record), None
         return written
 
@@ -311,6 +317,7 @@ class Trainer:
             clock.lap("sample")
             grades, said = grader.result()
         clock.lap("verify")  # what is left of grading once the last row has ended
+        self._check_served(out, ids, index)
         rewards.check_failures(grades.failures, len(said), self.config.data.max_unscorable, f"step {number}")
         reward = self.config.reward
         shaped = shaping.shaped(
@@ -357,6 +364,7 @@ class Trainer:
         return {
             "step": number,
             "learning_rate": float(learning_rate(self.config.train)(max(updates - 1, 0))),
+            "useful_slot_steps": float(collected.rollouts.mask.sum()) / self._sampler.slot_steps,
             "train_padding": self._padding(collected),
             **{name: float(value) for name, value in result.metrics.items()},
             **collected.record(outcome, controller, self.strata, self.config.controller.mean_rollouts),
@@ -381,10 +389,11 @@ class Trainer:
         self.ledger.seconds += clock.total - compiling
         self.ledger.compile_seconds += compiling
 
-    def _evaluate(self, final: bool, heed: evaluator.Watch) -> records.Record:
+    def _evaluate(self, final: bool, watch: Watch) -> records.Record:
         assert self._evaluator is not None
         begun = time.perf_counter()
-        summaries, rollouts = self._evaluator(self._policy(), self._fold(_EVAL), final, heed)
+        hear = functools.partial(watch, self.step)
+        summaries, rollouts = self._evaluator(self._policy(), self._fold(_EVAL), final, hear)
         self.ledger.eval_rollouts += rollouts
         self.ledger.eval_seconds += time.perf_counter() - begun
         return summaries

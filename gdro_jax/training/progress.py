@@ -28,7 +28,7 @@ class Progress:
         self.begun, self._compiled = time.perf_counter(), False
         self.live = self.stream.isatty()
         self._sampling: tuple[int, float, int] | None = None  # step, and the time and tokens at its first look
-        self._looked = self.begun
+        self._looked, self._tokens = self.begun, 0  # of the last look shown, and of the last one
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Shows one record."""
@@ -45,10 +45,11 @@ class Progress:
             self._show(f"{self.label}  step {step:>4}/{self.steps}  {_evaluation(record['eval'])}", stay=True)
 
     def sampled(self, step: int, seen: sampling.Progress) -> None:
-        """Shows how far a step's sampling is, now and then: nothing where it is soon done."""
+        """Shows how far the sampling of a step or an evaluation is, now and then: nothing where it is soon done."""
         now = time.perf_counter()
-        if self._sampling is None or self._sampling[0] != step:
+        if self._sampling is None or self._sampling[0] != step or seen.tokens < self._tokens:  # another call
             self._sampling, self._looked = (step, now, seen.tokens), now
+        self._tokens = seen.tokens
         if now - self._looked < (_SECONDS_LIVE if self.live else _SECONDS):
             return
         self._looked, (_, begun, before) = now, self._sampling

@@ -105,6 +105,8 @@ def simulate(
             "learning_rate": 1e-4,
             "logprob_gap": 1e-5 * noise.random(),
             "unscorable": 0.0,
+            "useful_slot_steps": 0.8 + 0.1 * noise.random(),
+            "train_padding": 0.1 + 0.1 * noise.random(),
             "clipped_length": 0.03 * noise.random(),
             "bins": {
                 "share": share,

@@ -9,6 +9,7 @@ from gdro_jax.models import qwen3
 from gdro_jax.sampling import Sampler, SamplingConfig
 from gdro_jax.sampling.distribution import warp
 from gdro_jax.training import step
+from gdro_jax.training.compiles import CompileCounter
 
 LENGTH = 8
 PROMPTS = [[5, 9, 33], [70], [12, 13, 14, 15, 16, 17], [99, 3]]
@@ -94,7 +95,7 @@ def test_log_probs_are_the_full_logits_and_the_trainers(tiny_model, full_logits,
     assert (np.asarray(entropy) > 0).all() and (np.asarray(entropy) <= np.log(128) + 1e-5).all()
 
 
-def test_log_probs_under_truncation_are_of_the_distribution_sampled_from(tiny_model, full_logits):
+def test_log_probs_under_truncation_are_of_the_distribution_sampled_from_and_of_the_policy(tiny_model, full_logits):
     config = SamplingConfig(max_new_tokens=LENGTH, temperature=0.9, top_p=0.8, top_k=7)
     out = jax.device_get(Sampler(tiny_model, config)(PROMPTS, INDEX, KEY))
     for row, owner in enumerate(INDEX):
@@ -102,6 +103,9 @@ def test_log_probs_under_truncation_are_of_the_distribution_sampled_from(tiny_mo
         logits = full_logits(sequence(prompt, out, row))[len(prompt) - 1 : -1]
         want = np.asarray(warp(jnp.asarray(logits), config))[np.arange(LENGTH), out.tokens[row]]
         np.testing.assert_allclose(out.logprobs[row], want, atol=1e-4)
+        policy = np.asarray(jax.nn.log_softmax(logits / config.temperature, -1))[np.arange(LENGTH), out.tokens[row]]
+        np.testing.assert_allclose(out.policy_logprobs[row], policy, atol=1e-4)
+    assert (out.logprobs >= out.policy_logprobs - 1e-5).all() and (out.logprobs > out.policy_logprobs + 0.05).any()
 
 
 def test_first_token_frequencies_are_the_models(tiny_model, full_logits):
@@ -160,6 +164,21 @@ def test_fewer_rows_of_a_prompt_are_the_first_ones(free, out):
     np.testing.assert_array_equal(np.asarray(got.tokens)[2:4], out.tokens[INDEX == 1])
 
 
+def test_a_prompt_may_have_no_rows(free, out):
+    got = free(PROMPTS, [2] * len(INDEX), KEY)
+    np.testing.assert_array_equal(got.tokens[:4], out.tokens[INDEX == 2])
+
+
+def test_programs_are_compiled_ahead_if_asked(tiny_model):
+    ahead = sampler(tiny_model, stop_tokens=(3, 17, 40), segment=4, slots=8)  # which are halved
+    ahead.compile(len(PROMPTS), 8, len(INDEX))
+    with CompileCounter() as counter:
+        got = ahead(PROMPTS, INDEX, KEY)
+    assert counter.count == 0 and got.mask[:, 0].all()
+    with pytest.raises(ValueError, match="4, 8, 0; must be at least 1"):
+        ahead.compile(4, 8, 0)
+
+
 def test_stop_tokens_cut_and_change_nothing_before(tiny_model, out):
     """With stops, every row is the free-running one up to its first stop token, which is kept."""
     stops = tuple({int(out.tokens[0, 2]), int(out.tokens[5, 0]), int(out.tokens[9, LENGTH - 1])})
@@ -216,6 +235,18 @@ def test_update_replaces_the_policy(tiny_model):
 def test_bad_calls(free, prompts, index, length, message):
     with pytest.raises(ValueError, match=message):
         free(prompts, index, KEY, prompt_length=length)
+
+
+@pytest.mark.parametrize("limits", [[0] + [2] * 9, [LENGTH + 1] + [2] * 9, [2] * 9, [[2] * 10]])
+def test_bad_limits(free, limits):
+    with pytest.raises(ValueError, match=rf"limits: needs 10 of them, in 1\.\.max_new_tokens={LENGTH}"):
+        free(PROMPTS, INDEX, KEY, limits=limits)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [1, 2, 3, 4, 5]])
+def test_identities_are_one_for_each_prompt(free, ids):
+    with pytest.raises(ValueError, match="prompt_ids: needs 4 of them, one for each prompt"):
+        free(PROMPTS, INDEX, KEY, prompt_ids=ids)
 
 
 def test_a_stop_token_outside_the_vocabulary(tiny_model):

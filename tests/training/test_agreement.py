@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from gdro_jax.commands import BAD_INPUT_ERRORS
 from gdro_jax.models import qwen3
 from gdro_jax.sampling import Engine, Sampler, SamplingConfig
 from gdro_jax.training import agreement, engines, overlap, setup
@@ -61,11 +62,13 @@ def test_a_run_may_keep_its_cache_in_pages(tiny_model, configure, monkeypatch):
 def test_a_run_whose_sampler_disagrees_does_not_start(configure, launch):
     trainer = launch(configure("sampling.gap_tolerance=1e-4"))
     assert trainer.check_agreement().largest < 1e-4
+    assert trainer._sampler._model is trainer.state.learner.model  # the same arrays, no copy
     trainer._sampler.update = lambda model: None  # the sampler keeps old weights
     trainer._sampler._model = jax.tree.map(lambda x: x * 1.1, trainer.state.learner.model)
     records = []
-    with pytest.raises(agreement.Disagreement, match=r"gap_tolerance=0\.0001"):
+    with pytest.raises(agreement.Disagreement, match=r"gap_tolerance=0\.0001") as caught:
         trainer.run(records.append)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, BAD_INPUT_ERRORS)
     assert not records and trainer.step == 0 and trainer.checkpoints.latest() is None
     trainer.close()
     launch(configure("sampling.gap_tolerance=1")).close()  # who allows more may go on in the same folder

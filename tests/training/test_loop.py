@@ -270,9 +270,10 @@ def test_a_stop_while_sampling_leaves_within_a_segment(configure, launch, tmp_pa
 def test_a_stop_while_evaluating_leaves_within_a_segment(configure, launch, heldout, tmp_path, monkeypatch):
     """The evaluation that was under way is as if it had not begun."""
     monkeypatch.setattr(Trainer, "try_update", lambda trainer: None)
-    trainer, calls = launch(configure(*heldout, "sampling.segment=1")), []
-    assert trainer.run(lambda record: None, lambda: calls.append(0) or len(calls) > 3) is False
-    assert len(calls) == 4 and logged(tmp_path / "run") == []  # the fourth is its second look
+    trainer, calls, heard = launch(configure(*heldout, "sampling.segment=1")), [], []
+    stopped = trainer.run(lambda _: None, lambda: calls.append(0) or len(calls) > 3, lambda *seen: heard.append(seen))
+    assert stopped is False and len(calls) == 4 and logged(tmp_path / "run") == []  # the fourth is its second look
+    assert [step for step, _ in heard] == [0, 0] and all(seen.done < seen.total == 12 for _, seen in heard)
     assert trainer.checkpoints.latest() == 0
 
 
@@ -395,6 +396,8 @@ def test_ledger_and_record(configure, launch, tmp_path):
         assert ledger["tokens"] == sum(int(m.sum()) for m in masks[:step])
         assert ledger["scored"] == sum(int(s.sum()) for s in scorable[:step]) <= ledger["rollouts"]
         assert ledger["slot_steps"] == sum(4 * refilled_steps(m.sum(1), 4) for m in masks[:step])
+        now = masks[step - 1].sum(1)
+        assert record["useful_slot_steps"] == pytest.approx(now.sum() / (4 * refilled_steps(now, 4)))
         assert record["unscorable"] == pytest.approx(1 - scorable[step - 1].mean())
         assert record["response_length"] == pytest.approx(masks[step - 1].sum(1).mean())
         assert record["bins"]["share"].sum() == pytest.approx(1)

@@ -297,7 +297,7 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     rows = [{"prompt": f"{i}=", "answer": str(i), "stratum": "ab"[i % 2]} for i in range(6)]
     asked = {}
 
-    def responses(sampler, prompts, tokenizer, verifier, key, samples, length, per_call, *, as_they_finish):
+    def responses(sampler, prompts, tokenizer, verifier, key, samples, length, per_call, *, as_they_finish, watch):
         asked.update(sampler=sampler.config, ids=[p.id for p in prompts.problems], samples=samples, key=key)
         asked.update(per_call=per_call, prompt=tokenizer.decode(prompts.tokens[0]))
         yield (
@@ -311,7 +311,7 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     settings |= {"min_p": 0.05, "min_new_tokens": 2}
     eval_settings = [f"eval.{name}={value}" for name, value in settings.items()]
     trainer = launch(configure(*eval_settings, f"eval.data={problems_file(tmp_path, rows)}", "sampling.slots=5"))
-    summaries, count = trainer._evaluator("model", "key", final=False)
+    summaries, count = trainer._evaluator("model", "key", final=False, watch=print)
     some = summaries["eval"]
     assert asked["ids"] == [0, 1] and asked["samples"] == 4 and count == 8
     sampler = asked["sampler"]
@@ -321,7 +321,7 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     assert asked["per_call"] == 3 and asked["prompt"] == "Q 0="
     assert some["k"] == 2 and some["overall"]["mean"] == 0.25 and some["overall"]["pass"] == pytest.approx(0.5)
     assert "mean_interval" not in some["overall"] and some["tokens"] == 7 and set(summaries) == {"eval"}
-    final, count = trainer._evaluator("model", "key", final=True)
+    final, count = trainer._evaluator("model", "key", final=True, watch=print)
     assert asked["ids"] == list(range(6)) and count == 24
     assert final["eval"]["overall"]["n"] == 6 and "mean_interval" in final["eval"]["overall"]
     assert final["eval_part"]["overall"] == some["overall"]  # of the same problems as along the way

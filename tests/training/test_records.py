@@ -177,7 +177,9 @@ def test_progress_within_a_long_step(monkeypatch, terminal, shown):
         now[0] = seconds
         progress.sampled(1, sampling.Progress(np.array([row]), row, 8, 100 * row, 100 * row))
     now[0] = 81.0
-    progress.sampled(2, sampling.Progress(np.array([0]), 0, 8, 7, 7))  # another step: its first look shows nothing
+    for step, tokens in ((2, 900), (2, 7)):  # another step, and another call in it: a first look shows nothing
+        progress.sampled(step, sampling.Progress(np.array([0]), 0, 8, tokens, tokens))
+        now[0] += 2.0
     lines = [line for line in stream.text.replace("\r\x1b[2K", "\n").splitlines() if line]
     assert [int(line.split("sampling: ")[1].split()[0]) for line in lines] == shown
     assert lines[-1].endswith("sampling: 4 of 8 rows  400 tokens  6 tokens/s")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from gdro_jax.commands import BAD_INPUT_ERRORS
 from gdro_jax.models import hf
 from gdro_jax.sampling import Sampler, SamplingConfig, ServedModel, ServerError
 from gdro_jax.training import agreement
@@ -31,6 +32,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder: pathlib.Path | None = None
         self.sampler: Sampler | None = None
+        self.stops: tuple[int, ...] = SETTINGS["stop_tokens"]
         self.broken = lambda answer: answer
         self.asked: list[dict] = []
         self.reloads, self.turn = 0, threading.Lock()
@@ -42,7 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
     def load(self) -> None:
         model = hf.load(self.folder)
         if self.sampler is None:
-            self.sampler = Sampler(model, SamplingConfig(**SETTINGS))
+            self.sampler = Sampler(model, SamplingConfig(**SETTINGS | {"stop_tokens": self.stops}))
         self.sampler.update(model)
         self.reloads += 1
 
@@ -63,6 +65,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def complete(self, body: dict) -> dict:
         self.server.asked.append(body)
+        assert tuple(body["stop_token_ids"]) == self.server.stops
         assert body["return_token_ids"] and body["temperature"] == 1.0 and body["top_k"] == -1
         out = self.server.sampler([body["prompt"]], [0], jax.random.key(body["seed"]), None, 16, [body["max_tokens"]])
         count = int(out.mask.sum())
@@ -72,6 +75,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Silent."""
+
+
+def said(tokens: list | None, logprobs: list) -> dict:
+    return {"choices": [{"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}]}
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ def test_responses_are_of_the_policy_and_each_of_its_own_seed(server, tiny_model
 @pytest.mark.slow
 def test_a_run_by_a_served_model_brings_it_every_policy(server, configure, launch, tmp_path):
     at = tmp_path / "served"
-    server.folder = at
+    server.folder, server.stops = at, (1,)
     asked = (f"sampling.server={server.url}", f"sampling.server_folder={at}", "sampling.server_model=m")
     gate = ("sampling.gap_tolerance=1e-3", "run.steps=2")
     records = []
@@ -113,7 +120,23 @@ def test_a_run_by_a_served_model_brings_it_every_policy(server, configure, launc
     assert records[-1]["ledger"]["rollouts"] == 2 * 24
 
 
+def test_a_server_that_stops_reading_new_weights_ends_the_run_before_they_are_trained_on(
+    server, configure, launch, tmp_path
+):
+    """The gate before the first step cannot see it: there the server has the right weights."""
+    at, load = tmp_path / "served", server.load
+    server.folder, server.stops = at, (1,)
+    server.load = lambda: load() if server.reloads < 1 else None  # it says it has read them, and has not
+    asked = (f"sampling.server={server.url}", f"sampling.server_folder={at}", "sampling.gap_tolerance=0.01")
+    trainer, records = launch(configure(*asked, "train.learning_rate=0.1")), []
+    with pytest.raises(agreement.Disagreement, match=r"^step 2: sampling\.gap_tolerance=0\.01: sampler and") as caught:
+        trainer.run(records.append)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, BAD_INPUT_ERRORS)
+    assert [record["step"] for record in records] == [1] and trainer.checkpoints.latest() == 1
+
+
 def test_a_server_with_other_weights_is_refused(server, configure, launch, tmp_path, tiny_model):
+    server.stops = (1,)
     server.load()
     server.sampler.update(jax.tree.map(lambda x: x * 1.5, tiny_model))
     server.load = lambda: None  # it says it has read them, and has not
@@ -131,21 +154,27 @@ def test_a_server_with_other_weights_is_refused(server, configure, launch, tmp_p
         (lambda answer: [answer], "expected a JSON object, got list"),
         (lambda answer: {"choices": []}, "lacks token ids or log-probs"),
         (lambda answer: {"choices": [{"text": "hello"}]}, r"lacks token ids or log-probs \(KeyError\('token_ids'\)\)"),
-        (lambda answer: {"choices": [{"token_ids": None, "logprobs": {"token_logprobs": []}}]}, "lacks token ids"),
-        (lambda answer: {"choices": [{"token_ids": ["5"], "logprobs": {"token_logprobs": [-1.0]}}]}, "lacks token ids"),
-        (lambda answer: {"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [None]}}]}, "lacks token ids"),
-        (lambda answer: {"choices": [{"token_ids": [], "logprobs": {"token_logprobs": []}}]}, "gave 0 tokens"),
-        (lambda answer: {"choices": [{"token_ids": [4, 5], "logprobs": {"token_logprobs": [-1.0]}}]}, "and 1 log-prob"),
+        (lambda answer: said(None, []), "lacks token ids"),
+        (lambda answer: said(["5"], [-1.0]), "lacks token ids"),
+        (lambda answer: said([5], [None]), "lacks token ids"),
+        (lambda answer: said([], []), "gave 0 tokens"),
+        (lambda answer: said([4, 5], [-1.0]), "and 1 log-prob"),
+        (lambda answer: said([-4, 5, 9], [-1.0] * 3), r"gave a token outside the vocabulary, of -4\.\.9"),
+        (lambda answer: said([4, 128, 9], [-1.0] * 3), r"gave a token outside the vocabulary, of 4\.\.128"),
+        (lambda answer: said([4, 5, 9], [-1.0, 0.5, -1.0]), r"gave a log-prob above 0, 0\.5"),
+        (lambda answer: said([4, 9, 5], [-1.0] * 3), "went on behind a stop token; it must heed stop_token_ids"),
+        (lambda answer: said([4, 5], [-1.0] * 2), "ended a response after 2 of 3 tokens, at no stop token"),
         (lambda answer: time.sleep(1.0), r"completions: no answer within 0\.2 s"),
     ],
 )
-def test_what_goes_wrong_is_one_line(server, broken, words):
+def test_what_goes_wrong_is_one_line(server, tiny_model, broken, words):
     server.load()
     server.broken = broken
     Handler.complete, whole = lambda self, body: {}, Handler.complete
     try:
         with pytest.raises(ServerError, match=words) as caught:
             served = ServedModel(server.url, "policy", SamplingConfig(**SETTINGS, slots=1), timeout=0.2)
+            served.update(tiny_model)
             served.rows(PROMPTS, MASK, INDEX[:1], INDEX[:1], KEY)
     finally:
         Handler.complete = whole
