@@ -328,14 +328,14 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
 
 
 def test_an_evaluation_of_a_run_is_held_to_the_limit_too(configure, launch, monkeypatch, tmp_path):
-    def responses(sampler, prompts, *_, as_they_finish):
+    def responses(sampler, prompts, *_, as_they_finish, watch):
         yield [Graded(p.id, 0, "", 0.0, n > 0, True, 1, "no mood to grade") for n, p in enumerate(prompts.problems)], 7
 
     monkeypatch.setattr(evaluator.evaluation, "responses", responses)
     at = (f"eval.data={problems_file(tmp_path, [{'prompt': f'{i}=', 'answer': '1'} for i in range(4)])}", "eval.k=1")
     trainer = launch(configure(*at, "eval.samples=1"), None)
     with pytest.raises(UnscorableError, match=r"evaluation: 25% of .* data\.max_unscorable=0\.2; .* no mood to grade"):
-        trainer._evaluator("model", "key", final=True)
+        trainer._evaluator("model", "key", True, lambda look: None)
     trainer = launch(configure(*at, "eval.samples=1", "data.max_unscorable=0.25", output="other"), None)
-    found = trainer._evaluator("model", "key", final=True)[0]["eval"]
+    found = trainer._evaluator("model", "key", True, lambda look: None)[0]["eval"]
     assert found["unscorable"] == 0.25 and found["left_out"] == 1
