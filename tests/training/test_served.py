@@ -1,5 +1,6 @@
 """Sampling by a served model: a local server that speaks vLLM's completions, its weights read from the run's folder."""
 
+import contextlib
 import http.server
 import json
 import pathlib
@@ -26,7 +27,7 @@ KEY = jax.random.key(3)
 class Server(http.server.ThreadingHTTPServer):
     """Completions of the policy in `folder`, read when it is asked to; `broken` makes another answer of one."""
 
-    daemon_threads = True
+    daemon_threads = False  # closing waits for answers under way: one that still samples at exit aborts the process
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -59,9 +60,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 server.load()
             answer = server.broken(self.complete(body)) if self.path == "/v1/completions" else None
         status, text = (200, json.dumps(answer)) if not isinstance(answer, int) else (answer, "no such\nmodel")
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(b"" if answer is None else text.encode())
+        with contextlib.suppress(ConnectionError):  # whoever asked may have stopped meanwhile
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"" if answer is None else text.encode())
 
     def complete(self, body: dict) -> dict:
         self.server.asked.append(body)
