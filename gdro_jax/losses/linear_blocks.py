@@ -106,16 +106,11 @@ class _Running(NamedTuple):
 class _Held(NamedTuple):
     room: _Room | None
     lse: Array
-    expected: Array  # float32[n, D], the head's rows weighed by the probabilities
+    slopes: Array  # float32[n, D], of the log-probabilities in the hidden states, but for the temperature
 
 
 def _block(x: Array, at: Array) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, at * BLOCK, BLOCK).astype(jnp.float32)
-
-
-def _target_rows(weight: Array, targets: Array) -> Array:
-    """float32[n, D] rows of the head, 0 outside the vocabulary."""
-    return weight.at[_inside(weight, targets)].get(mode="fill", fill_value=0).astype(jnp.float32)
 
 
 def _inside(weight: Array, targets: Array) -> Array:
@@ -143,17 +138,16 @@ def _blocked_ahead(hidden: Array, weight: Array, targets: Array, temperature: fl
         running, exps = running.add(weight[-(vocab % BLOCK) :].astype(jnp.float32), hidden, temperature)
         room = None if room is None else room._replace(rest=exps, top=running.top)
     lse, expected = running.top + jnp.log(running.total), running.rows / running.total[:, None]
-    chosen, mean = ((hidden * rows).sum(-1) / temperature for rows in (_target_rows(weight, targets), expected))
+    rows = weight.at[_inside(weight, targets)].get(mode="fill", fill_value=0).astype(jnp.float32)  # the targets'
+    chosen, mean = ((hidden * x).sum(-1) / temperature for x in (rows, expected))
     inside = (targets >= 0) & (targets < vocab)
-    return Head(jnp.where(inside, chosen - lse, jnp.nan), lse - mean, _Held(room, lse, expected))
+    return Head(jnp.where(inside, chosen - lse, jnp.nan), lse - mean, _Held(room, lse, rows - expected))
 
 
 def _blocked_back(
     held: _Held, slope: Array, hidden: Array, weight: Array, targets: Array, weight_bar: Array | None, for_hidden: bool
 ) -> tuple[Array | None, Array | None, _Room | None]:
-    hidden_bar = None
-    if for_hidden:
-        hidden_bar = (slope[:, None] * (_target_rows(weight, targets) - held.expected)).astype(hidden.dtype)
+    hidden_bar = (slope[:, None] * held.slopes).astype(hidden.dtype) if for_hidden else None
     room = held.room
     if weight_bar is None or room is None:
         return hidden_bar, weight_bar, room

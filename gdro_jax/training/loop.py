@@ -26,7 +26,6 @@ from gdro_jax.training import (
     ahead,
     batching,
     engines,
-    evaluator,
     guard,
     overlap,
     packing,
@@ -40,6 +39,7 @@ from gdro_jax.training.checkpoint import Checkpoints
 from gdro_jax.training.collected import Collected
 from gdro_jax.training.compiles import CompileCounter
 from gdro_jax.training.config import Config
+from gdro_jax.training.evaluator import Evaluator
 from gdro_jax.training.export import save_policy
 from gdro_jax.training.grading import SharedVerifier
 from gdro_jax.training.ledger import Clock, Ledger
@@ -97,9 +97,7 @@ class Trainer:
         self._sampler = engines.make(config, parts.policy, parts.layout.mesh)
         self._update = step.compiled_update()
         self._signal = jax.jit(step.surrogate_signal, static_argnames=("config", "temperature", "layout"))
-        self._evaluator = (
-            evaluator.Evaluator(config, parts, SharedVerifier(verifier)) if parts.heldout is not None else None
-        )
+        self._evaluator = Evaluator(config, parts, SharedVerifier(verifier)) if parts.heldout is not None else None
         self.ledger, self.step = Ledger(), 0
         self._most = setup.most_rollouts(config.controller)
         self._warm = False  # whether every program of a step has been compiled

@@ -279,7 +279,7 @@ def facts(config: Config, checked: Checked) -> dict[str, object]:
         f"problems of data.train={config.data.train}": checked.train.fingerprint,
         f"problems of eval.data={config.eval.data}": heldout,
         **{f"{name} of model.path={model.path}": value for name, value in seen.architecture.to_hf().items()},
-        f"weights of model.path={model.path}": digest(seen.folder, "", weights=model.random_init is None),
+        f"weights of model.path={model.path}": weights_of(model),
         "stop tokens": seen.stop_tokens,
         "tokens of the tokenizer": len(seen.tokenizer),
         "tokenizer": hashlib.sha256(tokens.encode()).hexdigest()[:16],
