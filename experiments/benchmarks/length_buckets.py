@@ -50,7 +50,7 @@ def cut(of: step.Batch, train: TrainConfig) -> batching.Pieces | packing.Packed:
     counts, rng = np.full(SIZE["prompts"], SIZE["rollouts"]), np.random.default_rng(0)
     if train.length_buckets is None:
         return batching.cut(counts, train.microbatches, rng, SIZE["rollouts"])
-    return packing.pack_step(batching.cut(counts, 1, rng), train, of.mask, of.rewards, of.scorable)
+    return packing.pack_step(batching.cut(counts, 1, rng), train, of.prompt_mask, of.mask, of.rewards, of.scorable)
 
 
 def shares(train: TrainConfig, seeds: range = range(10)) -> dict[str, float]:
@@ -60,10 +60,10 @@ def shares(train: TrainConfig, seeds: range = range(10)) -> dict[str, float]:
         of = batch(seed)
         pieces = cut(of, train)
         lengths = packing.lengths(of.mask, of.scorable)
-        before = np.full(len(lengths), SIZE["prompt"])
-        spent = packing.padding(pieces, train, lengths, before, SIZE["length"], SIZE["prompt"])
+        before = np.full(SIZE["prompts"], SIZE["prompt"])
+        spent, _ = packing.padding(pieces, train, lengths, before, SIZE["length"], SIZE["prompt"])
         packed = isinstance(pieces, packing.Packed)
-        number = float(pieces.number[0]) if packed else float(len(pieces.rows))
+        number = float(pieces.of_rows.number[0]) if packed else float(len(pieces.rows))
         prompts = 4 / 3 if packed else pieces.prompts.size / SIZE["prompts"]
         per_token, per_pair = work(train_step.architecture(SIZE))
         prompt = prompts * SIZE["prompts"] * SIZE["prompt"] * (per_token + SIZE["prompt"] * per_pair)
@@ -86,15 +86,16 @@ def on_mesh(shards: int, rows: int, microbatches: int, buckets: int, seeds: rang
     train = TrainConfig(length_buckets=buckets, microbatches=microbatches, kl_coef=0.0)
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        used, before = np.minimum(rng.geometric(1 / MEAN, rows), longest), np.full(rows, SIZE["prompt"])
+        used, before = np.minimum(rng.geometric(1 / MEAN, rows), longest), np.full(rows // each, SIZE["prompt"])
         rewards = np.arange(rows) % 2 * np.repeat(rng.random(rows // each) > 0.1, each)
         pieces = batching.cut(np.full(rows // each, each), shards, rng, each)
         begun = time.perf_counter()
-        cut = packing.pack_step(pieces, train, np.arange(longest) < used[:, None], rewards, np.ones(rows, bool))
+        mask, prompts = np.arange(longest) < used[:, None], np.ones((rows // each, SIZE["prompt"]), bool)
+        cut = packing.pack_step(pieces, train, prompts, mask, rewards, np.ones(rows, bool))
         seconds = time.perf_counter() - begun
-        spent = packing.padding(cut, train, used, before, longest, SIZE["prompt"])
+        spent, _ = packing.padding(cut, train, used, before, longest, SIZE["prompt"])
         flops = spent.share(*work(train_step.architecture(SIZE)))
-        found.append((spent.share(1.0, 0.0), spent.share(0.0, 1.0), flops, float(cut.number[0]), seconds))
+        found.append((spent.share(1.0, 0.0), spent.share(0.0, 1.0), flops, float(cut.of_rows.number[0]), seconds))
     names = ("of_tokens", "of_pairs", "of_flops", "pieces", "seconds")
     return {name: round(float(x), 4) for name, x in zip(names, np.mean(found, axis=0), strict=True)}
 
@@ -115,13 +116,14 @@ def of_slice(model: str, tensor: int, mean: int, buckets: int | None, seeds: ran
     found = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        used, before = np.minimum(rng.geometric(1 / mean, rows), longest), np.full(rows, prompt)
+        used, before = np.minimum(rng.geometric(1 / mean, rows), longest), np.full(rows // each, prompt)
         cuts = updates * shards * (1 if buckets is not None else microbatches)
         cut: batching.Pieces | packing.Packed = batching.cut(np.full(rows // each, each), cuts, rng, each)
         if buckets is not None:
             mask, rewards = np.arange(longest) < used[:, None], np.arange(rows) % 2.0
-            cut = packing.pack_step(cut, train, mask, rewards, np.ones(rows, bool))
-        spent = packing.padding(cut, train, used, before, longest, prompt)
+            there = np.ones((rows // each, prompt), bool)
+            cut = packing.pack_step(cut, train, there, mask, rewards, np.ones(rows, bool))
+        spent, _ = packing.padding(cut, train, used, before, longest, prompt)
         prompts = cut.prompts.size * (4 / 3 if buckets is not None else 1)
         prompts *= prompt * (per_token + prompt / 2 * per_pair)
         total = prompts + spent.tokens * per_token + spent.pairs * per_pair

@@ -1,4 +1,4 @@
-"""Responses end to end in one stream of tokens, over their prompts' keys and values: `qwen3.extend` without padding.
+"""Rows end to end in one stream of tokens: `qwen3.prefill` and `qwen3.extend` without padding.
 
 Everything but attention works on the stream itself. Attention takes rows in groups, each of one of a few compiled
 shapes; which groups there are is data, so the loop over them is dynamic, and its gradient is a second such loop that
@@ -39,7 +39,7 @@ class Stream(NamedTuple):
 
     Attributes:
       start, length: int32[n], a row's first token in the stream, and how many it has.
-      prompt_index: int32[n].
+      prompt_index: int32[n], of what stands before a row; of no meaning for prompts themselves.
       row, step: int32[N], a token's row, and which of its tokens it is.
       real: bool[N], False behind the last row's end.
     """
@@ -61,6 +61,22 @@ def stream(length: jax.Array, prompt_index: jax.Array, tokens: int) -> Stream:
     return Stream(ends - length, length, prompt_index, row, jnp.where(real, place - (ends - length)[row], 0), real)
 
 
+def prefill(
+    model: qwen3.Qwen3, tokens: jax.Array, of: Stream, groups: Groups, shapes: Shapes
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values [layers, N, K, C], and each prompt's last final hidden state [n, D]; see `qwen3.prefill`.
+
+    Args: those of `extend`, of prompts.
+    """
+    mix = partial(_mix, (model.kernel, shapes))
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, _: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return mix((q, k, v), None, of, groups), (k, v)
+
+    x, (k, v) = _blocks(model, tokens, of, of.step, run, ())
+    return k, v, qwen3.final_norm(model, x[of.start + jnp.maximum(of.length - 1, 0)])
+
+
 def extend(
     model: qwen3.Qwen3, tokens: jax.Array, kv: qwen3.PromptKV, of: Stream, groups: Groups, shapes: Shapes
 ) -> jax.Array:
@@ -74,30 +90,41 @@ def extend(
       groups: every row with tokens in one of them.
       shapes: (rows, tokens a row) of the groups' sizes; static.
     """
-    position = kv.length[of.prompt_index][of.row] + of.step
-    turn = qwen3.rotation(model.config, position[None])
     mix = partial(_mix, (model.kernel, shapes))
 
-    def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-        weights, *shared = layer
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, shared: tuple) -> tuple[jax.Array, None]:
+        return mix((q, k, v, *shared), kv.mask, of, groups), None
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return mix((q[0], k[0], v[0], *shared), kv.mask, of, groups)[None], None
+    position = kv.length[of.prompt_index][of.row] + of.step
+    x, _ = _blocks(model, tokens, of, position, run, (kv.k, kv.v))
+    return qwen3.final_norm(model, x)
+
+
+def _blocks(model: qwen3.Qwen3, tokens: jax.Array, of: Stream, position: jax.Array, run, shared: tuple):
+    """The stream [N, D] before the final norm, and what each block's `run(q, k, v, slice of shared)` keeps."""
+    turn = qwen3.rotation(model.config, position[None])
+
+    def block(x: jax.Array, layer: tuple):
+        weights, *own = layer
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array):
+            mixed, kept = run(q[0], k[0], v[0], tuple(own))
+            return mixed[None], kept
 
         return qwen3.run_block(model.config, weights, x, turn, attend)
 
     x = qwen3.embed_tokens(model, jnp.where(of.real, tokens, 0))[None]
-    x, _ = jax.lax.scan(qwen3.remembered(model, block), x, (qwen3.block_weights(model), kv.k, kv.v))
-    return qwen3.final_norm(model, x[0])
+    x, kept = jax.lax.scan(qwen3.remembered(model, block), x, (qwen3.block_weights(model), *shared))
+    return x[0], kept
 
 
 Static = tuple[str, Shapes]  # the kernel, and the groups' shapes
-Arrays = tuple[jax.Array, ...]  # q [N, H, C], k and v [N, K, C], the prompts' k and v [P, L, K, C]
+Arrays = tuple[jax.Array, ...]  # q [N, H, C], k and v [N, K, C]; of responses the prompts' k and v [P, L, K, C], too
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mix(static: Static, arrays: Arrays, mask: jax.Array, of: Stream, groups: Groups) -> jax.Array:
-    """Attention of the stream, [N, H, C]; mask bool[P, L]."""
+def _mix(static: Static, arrays: Arrays, mask: jax.Array | None, of: Stream, groups: Groups) -> jax.Array:
+    """Attention of the stream, [N, H, C]; mask bool[P, L] of the prompts before it, None where there are none."""
 
     def one(shape: tuple[int, int], group: jax.Array, out: jax.Array) -> jax.Array:
         found = _Group.find(shape, group, of, groups)
@@ -117,9 +144,11 @@ def _backward(static: Static, saved: tuple, bar: jax.Array) -> tuple:
     def one(shape: tuple[int, int], group: jax.Array, sums: Grads) -> Grads:
         found = _Group.find(shape, group, of, groups)
         _, back = jax.vjp(found.attention(static[0], mask), *found.take(arrays))
-        *own, k, v = back(found.take_tokens(bar))
-        put = (total.at[found.place].set(x, mode="drop") for total, x in zip(sums, own, strict=False))
-        shared = (total.at[found.prompts].add(x.astype(total.dtype)) for total, x in zip(sums[3:], (k, v), strict=True))
+        bars = back(found.take_tokens(bar))
+        put = (total.at[found.place].set(x, mode="drop") for total, x in zip(sums[:3], bars[:3], strict=True))
+        shared = (
+            total.at[found.prompts].add(x.astype(total.dtype)) for total, x in zip(sums[3:], bars[3:], strict=True)
+        )
         return *put, *shared
 
     zeros = [jnp.zeros_like(x) for x in arrays[:3]] + [jnp.zeros(x.shape, jnp.float32) for x in arrays[3:]]
@@ -161,6 +190,7 @@ class _Group(NamedTuple):
     def take(self, arrays: Arrays) -> Arrays:
         return *(self.take_tokens(x) for x in arrays[:3]), *(x[self.prompts] for x in arrays[3:])
 
-    def attention(self, kernel: str, mask: jax.Array):
-        causal = attention.causal(kernel, self.real, mask[self.prompts], remade=True)
-        return lambda q, k, v, *shared: causal(q, k, v, shared)
+    def attention(self, kernel: str, mask: jax.Array | None):
+        before = None if mask is None else mask[self.prompts]
+        causal = attention.causal(kernel, self.real, before, remade=True)
+        return lambda q, k, v, *shared: causal(q, k, v, shared or None)

@@ -32,7 +32,9 @@ def blank(
     rows = int(rollouts.sum())
     out, rewards, scorable = sampling.empty(rows, longest), np.zeros(rows, np.float32), np.ones(rows, bool)
     out.mask[:, 0] = True
-    pieces = cut if config.length_buckets is None else packing.pack_step(cut, config, out.mask, rewards, scorable)
+    pieces: batching.Pieces | packing.Packed = cut
+    if config.length_buckets is not None:
+        pieces = packing.pack_step(cut, config, prompt_mask, out.mask, rewards, scorable)
     return step.Batch(
         prompts=prompts,
         prompt_mask=prompt_mask,

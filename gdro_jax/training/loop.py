@@ -329,7 +329,7 @@ class Trainer:
         )
         if train.length_buckets is not None:
             assert isinstance(cut, batching.Pieces)
-            cut = packing.pack_step(cut, train, out.mask, shaped, grades.scorable)
+            cut = packing.pack_step(cut, train, self.mask[ids], out.mask, shaped, grades.scorable)
         return Collected(plan, rule_state, index, out, grades, shaped, cut)
 
     def _learn(self, collected: Collected, clock: Clock) -> tuple[Collected, step.StepResult, Any, controllers.Outcome]:
@@ -369,12 +369,13 @@ class Trainer:
         }
 
     def _padding(self, collected: Collected) -> float:
-        """The share of the update's work on responses that was done for padding, the head not counted."""
+        """The share of the update's work on prompts and responses that was done for padding, the head not counted."""
         used = packing.lengths(collected.rollouts.mask, collected.grades.scorable)
-        ids = collected.plan.prompt_ids[collected.prompt_index]
+        before = self.mask[collected.plan.prompt_ids].sum(axis=1)
         sizes = (collected.rollouts.mask.shape[1], self.mask.shape[1])
-        found = packing.padding(collected.pieces, self.config.train, used, self.mask[ids].sum(axis=1), *sizes)
-        return found.share(*work(self.parts.policy.model.config))
+        return packing.share(
+            collected.pieces, self.config.train, used, before, *sizes, work(self.parts.policy.model.config)
+        )
 
     def _count(self, collected: Collected, clock: Clock, compiling: float) -> None:
         mask = np.asarray(collected.rollouts.mask)

@@ -2,8 +2,9 @@
 
 All prompts of the minibatch are run before its pieces and their keys and values kept, so that a prompt is shared
 whatever pieces its rows are in. The gradient with respect to those is added up over the pieces and goes through the
-prompts after them, which are run a second time for it: no more activations are held than one piece has.
-Letters: S shards, n rows of the minibatch on each, Q prompts, N tokens and K rows of a piece, T and D as in `step`.
+prompts after them, which are run a second time for it: no more activations are held than one piece has. Prompts go in
+streams, too, and from there to a place of L tokens each, where responses find them.
+Letters: S shards, n rows of the minibatch on each, Q prompts, N tokens and K rows of a piece, L, T and D as in `step`.
 """
 
 import functools
@@ -43,14 +44,27 @@ class Step(NamedTuple):
         rows, longest = cut.rows.shape[-1], self.batch.tokens.shape[1]
         return packing.sizes(self.config.length_buckets, rows, self.config.microbatches, longest)
 
+    def prompt_sizes(self, cut: Packed) -> Sizes:
+        return packing.prompt_sizes(cut.prompts.shape[-1], self.batch.prompts.shape[1])
+
 
 class _Window(NamedTuple):
-    """A piece: flat rows and their prompts int32[S, K], which of them are there bool[S, K], their groups."""
+    """A piece: places int32[S, K] of its rows, or prompts, in the minibatch, which are there bool[S, K], groups."""
 
-    rows: jax.Array
-    prompts: jax.Array
+    place: jax.Array
     live: jax.Array
     groups: ragged.Groups
+
+    @classmethod
+    def of(cls, streams: packing.Streams, number: jax.Array, shape: Sizes, held: int) -> "_Window":
+        pieces, ends = jnp.asarray(streams.pieces), jnp.asarray(streams.groups)
+        place = pieces[:, number, None] + jnp.arange(shape.rows, dtype=jnp.int32)
+        first, last, size = (jnp.asarray(x) for x in (streams.first, streams.last, streams.size))
+        live = place < pieces[:, number + 1, None]
+        return cls(jnp.minimum(place, held - 1), live, ragged.Groups(first, last, size, ends[number], ends[number + 1]))
+
+    def take(self, x: Any) -> jax.Array:
+        return jnp.take_along_axis(jnp.asarray(x), self.place, axis=1)
 
 
 def accumulate(
@@ -82,7 +96,7 @@ def accumulate(
         return jax.lax.cond(_has_gradient(step, cut, number), with_gradient, without, carry)
 
     start = _zeros(cut, step.sizes(cut).rows, *jax.eval_shape(gradient, jnp.int32(0)))
-    (sums, plain, gap), (own, shared) = jax.lax.fori_loop(0, cut.number, add, start)
+    (sums, plain, gap), (own, shared) = jax.lax.fori_loop(0, cut.of_rows.number, add, start)
     grad = _prompts_gradient(step, trained, cut, shared, own, keep)
     return sums, plain[:, : cut.rows.shape[1]], gap, grad
 
@@ -93,7 +107,7 @@ def losses(step: Step, trained: piece.Trained, cut: Packed) -> jax.Array:
     floats = _prompts(step, piece.policy(trained, step.reference), cut)
     one = functools.partial(run, trained, floats)
     start, _ = _zeros(cut, step.sizes(cut).rows, jax.eval_shape(one, jnp.int32(0)), None)
-    out = jax.lax.fori_loop(0, cut.number, lambda number, carry: _added(cut, carry, one(number), number), start)
+    out = jax.lax.fori_loop(0, cut.of_rows.number, lambda number, carry: _added(cut, carry, one(number), number), start)
     return out[1][:, : cut.rows.shape[1]]
 
 
@@ -102,19 +116,21 @@ def logprobs(step: Step, model: qwen3.Qwen3, cut: Packed) -> jax.Array:
     shape, floats = step.sizes(cut), _prompts(step, model, cut)
 
     def add(number: jax.Array, found: jax.Array) -> jax.Array:
-        window = _window(cut, number, shape)
+        window = _Window.of(cut.of_rows, number, shape, cut.rows.shape[1])
 
         def shard(given: tuple) -> jax.Array:
             rows, of, places = _stream(step, shape, *given[:3])
             hidden = _hidden(model, _prompt_kv(step, *given[3:]), given[-1][2], rows, of, window.groups, shape)
             return _head(step, model, hidden, rows, places)
 
-        new = step.layout.over_shards(shard, (window.rows, window.prompts, window.live, cut.prompts, floats))
-        return _put(found, new, cut.piece_rows[:, number])
+        new = step.layout.over_shards(
+            shard, (window.take(cut.rows), window.take(cut.local_index), window.live, cut.prompts, floats)
+        )
+        return _put(found, new, cut.of_rows.pieces[:, number])
 
     shards, rows = cut.rows.shape
     start = jnp.zeros((shards, rows + shape.rows, step.batch.tokens.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, cut.number, add, start)[:, :rows]
+    return jax.lax.fori_loop(0, cut.of_rows.number, add, start)[:, :rows]
 
 
 def _piece(
@@ -122,7 +138,7 @@ def _piece(
 ) -> Sums:
     """A piece's sums; `per_row` of them is not used."""
     shape = step.sizes(cut)
-    window = _window(cut, number, shape)
+    window = _Window.of(cut.of_rows, number, shape, cut.rows.shape[1])
 
     def shard(given: tuple) -> Sums:
         rows, of, places = _stream(step, shape, *given[:3])
@@ -136,24 +152,10 @@ def _piece(
         hidden = _hidden(model, _prompt_kv(step, prompts, floats), floats[2], rows, of, window.groups, shape)
         return piece.sums(model, hidden, ref, rows, step.config, step.temperature, places)
 
-    given = (window.rows, window.prompts, window.live, cut.prompts, floats, ref_floats)
+    given = (window.take(cut.rows), window.take(cut.local_index), window.live, cut.prompts, floats, ref_floats)
     sums, plain, gap = step.layout.over_shards(shard, given)
     added = jax.tree.map(lambda x: x.sum(0), sums._replace(per_row=jnp.zeros_like(plain[:, 0])))
     return added, plain, gap.max()
-
-
-def _window(cut: Packed, number: jax.Array, shape: Sizes) -> _Window:
-    begin, behind = jnp.asarray(cut.piece_rows)[:, number], jnp.asarray(cut.piece_rows)[:, number + 1]
-    place = jnp.arange(shape.rows)
-
-    def taken(x: Any) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), (0, shape.rows)))
-        return jnp.take_along_axis(padded, begin[:, None] + place, axis=1)
-
-    ends = (cut.piece_groups[number], cut.piece_groups[number + 1])
-    first, last, size = (jnp.asarray(x) for x in (cut.group_first, cut.group_last, cut.group_size))
-    groups = ragged.Groups(first, last, size, *ends)
-    return _Window(taken(cut.rows), taken(cut.local_index), place < (behind - begin)[:, None], groups)
 
 
 def _stream(
@@ -198,14 +200,17 @@ def _head(step: Step, model: qwen3.Qwen3, hidden: jax.Array, rows: piece.Rows, p
 def _has_gradient(step: Step, cut: Packed, number: jax.Array) -> jax.Array:
     """Whether any advantage of the piece is not 0, without a KL term what a gradient comes from."""
     place = jnp.arange(cut.rows.shape[1])
-    inside = (place >= cut.piece_rows[:, number, None]) & (place < cut.piece_rows[:, number + 1, None])
-    moving = (step.rows["advantages"] != 0) & (step.rows["row_weights"] != 0)
-    return (jnp.asarray(moving)[cut.rows] & inside).any()
+    inside = (place >= cut.of_rows.pieces[:, number, None]) & (place < cut.of_rows.pieces[:, number + 1, None])
+    return (_moving(step)[cut.rows] & inside).any()
+
+
+def _moving(step: Step) -> jax.Array:
+    return jnp.asarray((step.rows["advantages"] != 0) & (step.rows["row_weights"] != 0))
 
 
 def _added(cut: Packed, carry: Sums, out: Sums, number: jax.Array) -> Sums:
     """Rows past a piece's last are written over by the piece after it."""
-    plain = _put(carry[1], out[1], cut.piece_rows[:, number])
+    plain = _put(carry[1], out[1], cut.of_rows.pieces[:, number])
     return jax.tree.map(jnp.add, carry[0], out[0]), plain, jnp.maximum(carry[2], out[2])
 
 
@@ -227,49 +232,86 @@ def _kept(step: Step, reference: qwen3.Qwen3 | None, cut: Packed) -> Floats | No
 
 
 def _prompts(step: Step, model: qwen3.Qwen3, cut: Packed) -> Floats:
-    """Keys, values and last states of the minibatch's prompts, so many at a time as a piece has room for."""
-    chunks = _chunks(step, cut)
-    k, v, last = jax.lax.map(functools.partial(_prefill, step, model), chunks)
-    k, v = (jnp.moveaxis(x, 0, 2) for x in (k, v))
-    k, v = (x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in (k, v))
-    return k, v, jnp.moveaxis(last, 0, 1).reshape(last.shape[1], -1, last.shape[-1])
+    """Keys, values and last states of the minibatch's prompts; 0 behind a prompt's tokens."""
+    shape = step.prompt_sizes(cut)
+
+    def add(number: jax.Array, floats: Floats) -> Floats:
+        window = _Window.of(cut.of_prompts, number, shape, shape.rows)
+
+        def shard(given: tuple) -> Floats:
+            (k, v, last), (ids, place, live), new = given[0], given[1], given[2]
+            of = _prompt_stream(step, shape, ids, live)
+            there = jnp.where(of.real, place[of.row], shape.rows), of.step
+            k, v = (x.at[:, *there].set(y, mode="drop") for x, y in ((k, new[0]), (v, new[1])))
+            return k, v, last.at[jnp.where(live, place, shape.rows)].set(new[2], mode="drop")
+
+        chosen = (window.take(cut.prompts), window.place, window.live)
+        return step.layout.over_shards(shard, (floats, chosen, _prefill(step, model, window, chosen, shape)))
+
+    count, (shards, prompts), longest = model.config, cut.prompts.shape, step.batch.prompts.shape[1]
+    dtype = qwen3.embed_tokens(model, jnp.zeros(1, jnp.int32)).dtype
+    state = jnp.zeros((shards, count.num_layers, prompts, longest, count.num_kv_heads, count.head_dim), dtype)
+    last = jnp.zeros((shards, prompts, count.hidden_size), dtype)
+    return jax.lax.fori_loop(0, cut.of_prompts.number, add, (state, state, last))
 
 
 def _prompts_gradient(
     step: Step, trained: piece.Trained, cut: Packed, bars: Floats, grad: Any, keep: Callable[[Any], Any]
 ) -> Any:
     """`grad` and what comes to the parameters through the prompts' states."""
-    chunks = _chunks(step, cut)
-    number, _, each = chunks.shape
-    k, v, last = bars
-    k, v = (jnp.moveaxis(x.reshape(*x.shape[:2], number, each, *x.shape[3:]), 2, 0) for x in (k, v))
-    last = jnp.moveaxis(last.reshape(len(last), number, each, -1), 1, 0)
+    shape, moving = step.prompt_sizes(cut), _moving_prompts(step, cut)
 
-    def add(grad: Any, given: tuple[jax.Array, Floats]) -> tuple[Any, None]:
-        ids, bars = given
-        out, back = jax.vjp(lambda t: _prefill(step, piece.policy(t, step.reference), ids), trained)
-        (new,) = back(jax.tree.map(lambda bar, x: bar.astype(x.dtype), bars, out))
-        return keep(jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grad, new)), None
+    def add(number: jax.Array, grad: Any) -> Any:
+        window = _Window.of(cut.of_prompts, number, shape, shape.rows)
+        chosen = (window.take(cut.prompts), window.place, window.live)
 
-    return jax.lax.scan(add, grad, (chunks, (k, v, last)))[0]
+        def shard(given: tuple) -> Floats:
+            (k, v, last), (ids, place, live) = given
+            of = _prompt_stream(step, shape, ids, live)
+            there = jnp.where(of.real, place[of.row], shape.rows), of.step
+            k, v = (x.at[:, *there].get(mode="fill", fill_value=0) for x in (k, v))
+            return k, v, jnp.where(live[:, None], last[place], 0)
+
+        def with_gradient(grad: Any) -> Any:
+            def states(trained: piece.Trained) -> Floats:
+                return _prefill(step, piece.policy(trained, step.reference), window, chosen, shape)
+
+            out, back = jax.vjp(states, trained)
+            of_piece = step.layout.over_shards(shard, (bars, chosen))
+            (new,) = back(jax.tree.map(lambda bar, x: bar.astype(x.dtype), of_piece, out))
+            return keep(jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grad, new))
+
+        return jax.lax.cond((window.take(moving) & window.live).any(), with_gradient, lambda grad: grad, grad)
+
+    return jax.lax.fori_loop(0, cut.of_prompts.number, add, grad)
 
 
-def _chunks(step: Step, cut: Packed) -> jax.Array:
-    """The prompts int32[chunks, S, prompts], filled up with prompt 0."""
-    shards, count = cut.prompts.shape
-    each = max(1, min(count, step.sizes(cut).tokens // step.batch.prompts.shape[1]))
-    filled = jnp.pad(cut.prompts, ((0, 0), (0, -count % each)))
-    return jnp.moveaxis(filled.reshape(shards, -1, each), 1, 0)
+def _moving_prompts(step: Step, cut: Packed) -> jax.Array:
+    """Which prompts a gradient comes to, bool[S, Q]."""
+    if step.config.kl_coef > 0:
+        return jnp.asarray(cut.prompt_used)
+    rows = _moving(step)[cut.rows]
+    shard = jnp.arange(len(cut.rows))[:, None]
+    return jnp.zeros(cut.prompts.shape, bool).at[shard, cut.local_index].max(rows)
 
 
-def _prefill(step: Step, model: qwen3.Qwen3, ids: jax.Array) -> Floats:
-    """Of prompts int32[S, q]."""
+def _prompt_stream(step: Step, shape: Sizes, ids: jax.Array, live: jax.Array) -> ragged.Stream:
+    length = jnp.where(live, step.batch.prompt_mask[ids].sum(-1, dtype=jnp.int32), 0)
+    return ragged.stream(length, jnp.zeros_like(ids), shape.tokens)
 
-    def shard(ids: jax.Array) -> Floats:
-        kv, last = qwen3.prefill(model, step.batch.prompts[ids], step.batch.prompt_mask[ids])
-        return kv.k, kv.v, last
 
-    return step.layout.over_shards(shard, ids)
+def _prefill(step: Step, model: qwen3.Qwen3, window: _Window, chosen: tuple, shape: Sizes) -> Floats:
+    """Of a piece of prompts, keys and values in the order of their stream, [S, layers, N, ...], last states [S, Q, D];
+    NaN where they are more than the stream holds."""
+
+    def shard(given: tuple) -> Floats:
+        ids, _, live = given
+        of = _prompt_stream(step, shape, ids, live)
+        tokens = jnp.asarray(step.batch.prompts)[ids[of.row], of.step]
+        k, v, last = ragged.prefill(model, tokens, of, window.groups, shape.groups)
+        return k, v, jnp.where(of.length.sum() <= shape.tokens, last, jnp.nan)
+
+    return step.layout.over_shards(shard, chosen)
 
 
 def _prompt_kv(step: Step, prompts: jax.Array, floats: Floats) -> qwen3.PromptKV:

@@ -260,5 +260,6 @@ def _cut(config: Config, shape: Shapes) -> batching.Pieces | packing.Packed:
     pieces = batching.Pieces(rows, np.zeros((cuts, shape.piece_prompts), np.int32), rows)
     if shape.packed is None:
         return pieces
-    full = np.full(shape.rows, shape.response_tokens)
-    return packing.pack(pieces, full, np.zeros(shape.rows, bool), shape.packed, config.train.minibatches)
+    full, before = np.full(shape.rows, shape.response_tokens), np.full(shape.prompts, shape.prompt_tokens)
+    idle = np.zeros(shape.rows, bool)
+    return packing.pack(pieces, full, before, idle, shape.packed, config.train.minibatches, shape.prompt_tokens)

@@ -25,7 +25,9 @@ def packed(case, config, shards=1):
     """The case's batch in streams, its rows cut into minibatches as without."""
     batch = case.batch
     rows = batching.cut(np.bincount(batch.prompt_index), config.minibatches * shards, np.random.default_rng(0))
-    return batch._replace(pieces=packing.pack_step(rows, config, batch.mask, batch.rewards, batch.scorable))
+    return batch._replace(
+        pieces=packing.pack_step(rows, config, batch.prompt_mask, batch.mask, batch.rewards, batch.scorable)
+    )
 
 
 def trained(case, config, batch, layout=mesh.ONE_DEVICE):
@@ -100,7 +102,7 @@ def shorter(case, length):
 def test_lengths_compile_nothing(case):
     """Other pieces and other groups are arrays of the same shapes, which is all that a program is compiled for."""
     cuts = [packed(shorter(case, length), BUCKETS).pieces for length in (5, 3, 1)]
-    assert len({tuple(cut.group_size[0]) for cut in cuts}) > 1
+    assert len({tuple(cut.of_rows.size[0]) for cut in cuts}) > 1
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), cut) for cut in cuts]
     assert shapes[0] == shapes[1] == shapes[2]
 
@@ -125,36 +127,45 @@ def steps(draw):
     return counts, minibatches, shards, microbatches, longest, lengths, idle, draw(st.integers(1, 8))
 
 
-@given(steps())
+def assert_holds_all(of, m, tokens, shape):
+    """A minibatch's pieces hold its rows, tokens int[S, n], within their shapes, each in one group."""
+    number, groups, each = of.number[m], of.groups[m], tokens.shape[1]
+    assert (groups[number:] == groups[number]).all()
+    for s, inputs in enumerate(tokens):
+        ends = of.pieces[m, s]
+        assert ends[0] == 0 and (ends[number:] == each).all() and (np.diff(ends) >= 0).all()
+        for k in range(number):
+            held = inputs[ends[k] : ends[k + 1]]
+            assert len(held) <= shape.rows and held.sum() <= shape.tokens
+            seen = np.zeros(shape.rows, int)
+            for g in range(groups[k], groups[k + 1]):
+                first, last = of.first[m, g], of.last[m, g]
+                size, length = shape.groups[of.size[m, g]]
+                assert 0 <= first < last <= shape.rows and last - first <= size
+                assert held[first:last].max(initial=0) <= length
+                seen[first:last] += 1
+            assert seen.max() <= 1 and (seen[: len(held)][held > 0] == 1).all()
+
+
+@given(steps(), st.integers(1, 700), st.integers(0, 9))
 @settings(deadline=None, max_examples=150)
-def test_laws(drawn):
+def test_laws(drawn, most, seed):
     counts, minibatches, shards, microbatches, longest, lengths, idle, buckets = drawn
+    before = np.random.default_rng(seed).integers(1, most + 1, len(counts))
     index = batching.flat_index(counts)
     rows = batching.cut(counts, minibatches * shards, np.random.default_rng(0))
     each = rows.rows.shape[1]
     shape = packing.sizes(buckets, each, microbatches, longest)
-    cut = packing.pack(rows, lengths, idle, shape, minibatches)
+    cut = packing.pack(rows, lengths, before, idle, shape, minibatches, most)
     assert len(shape.groups) <= buckets and shape.groups[-1][1] == max(longest - 1, 1)
     owners = np.take_along_axis(cut.prompts, cut.local_index, axis=2)
     np.testing.assert_array_equal(owners, index[cut.rows])
+    assert np.take_along_axis(cut.prompt_used, cut.local_index, axis=2).all()
+    of_prompts = packing.prompt_sizes(cut.prompts.shape[2], most)
     for m in range(minibatches):  # minibatches are what they were
         assert sorted(cut.rows[m].reshape(-1)) == sorted(rows.rows.reshape(minibatches, -1)[m])
-        number, groups = cut.number[m], cut.piece_groups[m]
-        assert (groups[number:] == groups[number]).all()
-        for s in range(shards):
-            inputs, ends = np.maximum(lengths[cut.rows[m, s]] - 1, 0), cut.piece_rows[m, s]
-            assert ends[0] == 0 and (ends[number:] == each).all() and (np.diff(ends) >= 0).all()
-            for k in range(number):
-                held = inputs[ends[k] : ends[k + 1]]
-                assert len(held) <= shape.rows and held.sum() <= shape.tokens
-                seen = np.zeros(shape.rows, int)
-                for g in range(groups[k], groups[k + 1]):
-                    first, last = cut.group_first[m, g], cut.group_last[m, g]
-                    size, length = shape.groups[cut.group_size[m, g]]
-                    assert 0 <= first < last <= shape.rows and last - first <= size
-                    assert held[first:last].max(initial=0) <= length
-                    seen[first:last] += 1
-                assert seen.max() <= 1 and (seen[: len(held)][held > 0] == 1).all()
+        assert_holds_all(cut.of_rows, m, np.maximum(lengths[cut.rows[m]] - 1, 0), shape)
+        assert_holds_all(cut.of_prompts, m, np.where(cut.prompt_used[m], before[cut.prompts[m]], 0), of_prompts)
 
 
 def test_prompts_change_places_until_shards_have_like_work():
@@ -172,29 +183,44 @@ def test_prompts_change_places_until_shards_have_like_work():
 def test_rows_without_a_gradient_share_pieces():
     rows = batching.cut(np.full(8, 1), 1, np.random.default_rng(0))
     idle = np.arange(8) % 2 == 0
-    cut = packing.pack(rows, np.full(8, 9), idle, packing.sizes(2, 8, 4, 10), 1)
-    pieces = [idle[cut.rows[0, 0, a:b]] for a, b in itertools.pairwise(cut.piece_rows[0, 0, :5])]
-    assert cut.number[0] == 4 and all(piece.all() or not piece.any() for piece in pieces)
-    kl = packing.pack_step(rows, TrainConfig(length_buckets=2), np.ones((8, 9), bool), np.ones(8), np.ones(8, bool))
-    none = packing.pack_step(
-        rows, TrainConfig(length_buckets=2, kl_coef=0.0), np.ones((8, 9), bool), np.ones(8), np.ones(8, bool)
-    )
-    assert (kl.number == none.number).all()  # all rows are alike in both
+    cut = packing.pack(rows, np.full(8, 9), np.full(8, 3), idle, packing.sizes(2, 8, 4, 10), 1, 3)
+    pieces = [idle[cut.rows[0, 0, a:b]] for a, b in itertools.pairwise(cut.of_rows.pieces[0, 0, :5])]
+    assert cut.of_rows.number[0] == 4 and all(piece.all() or not piece.any() for piece in pieces)
+    graded = np.ones((8, 3), bool), np.ones((8, 9), bool), np.ones(8), np.ones(8, bool)
+    kl = packing.pack_step(rows, TrainConfig(length_buckets=2), *graded)
+    none = packing.pack_step(rows, TrainConfig(length_buckets=2, kl_coef=0.0), *graded)
+    assert (kl.of_rows.number == none.of_rows.number).all()  # all rows are alike in both
 
 
 def test_padding_by_hand():
     rows = batching.cut(np.full(4, 1), 1, np.random.default_rng(0))
     lengths, before = np.array([9, 1, 0, 5]), np.full(4, 3)
     real = 8 + 4, 8 * 3 + 36 + 4 * 3 + 10
-    found = packing.padding(rows, TrainConfig(), lengths, before, 9, 4)
+    found, prompts = packing.padding(rows, TrainConfig(), lengths, before, 9, 4)
     assert found == (4 * 8, real[0], 4 * 8 * 12, real[1])  # every query meets 4 prompt keys and 8 of its own
+    assert prompts == (4 * 4, 4 * 3, 4 * 4 * 4, 4 * 6)
     assert found.share(1.0, 0.0) == 1 - 12 / 32
+    of = lengths, before, 9, 4, (1.0, 0.0)
+    assert packing.share(rows, TrainConfig(), *of) == 1 - (12 + 12) / (32 + 16)
     train = TrainConfig(length_buckets=2, microbatches=2)  # 2 rows of 9: pieces of 18 tokens, groups of 4 x 1 and 1 x 8
-    cut = packing.pack(rows, lengths, np.zeros(4, bool), packing.sizes(2, 4, 2, 9), 1)
+    cut = packing.pack(rows, lengths, before, np.zeros(4, bool), packing.sizes(2, 4, 2, 9), 1, 4)
     assert packing.sizes(2, 4, 2, 9) == (18, 4, ((4, 1), (1, 8)))
-    found = packing.padding(cut, train, lengths, before, 9, 4)
+    assert packing.prompt_sizes(4, 4) == (16, 4, ((4, 1), (1, 4)))  # lengths 0.25 and 1 are one
+    found, prompts = packing.padding(cut, train, lengths, before, 9, 4)
     assert found == (18, real[0], 2 * 8 * 12, real[1])  # one piece, two groups
+    assert prompts == (16, 4 * 3, 4 * 4 * 4, 4 * 6)  # one piece, a group a prompt
     assert 0 < found.share(1.0, 1.0) < 1
+    np.testing.assert_allclose(packing.share(cut, train, *of), 1 - (12 + 4 / 3 * 12) / (18 + 4 / 3 * 16))
+
+
+def test_prompts_go_in_several_pieces(case, monkeypatch):
+    """Streams of one longest prompt's tokens, a prompt without a gradient in a piece of its own."""
+    monkeypatch.setattr(packing, "PROMPT_TOKENS", 1)
+    batch = packed(case, BUCKETS)
+    assert batch.pieces.of_prompts.number[0] > 1
+    learner = step.Learner(case.model, make_optimiser(BUCKETS).init(case.model))
+    got = step.compiled_update()(jax.tree.map(jax.numpy.copy, learner), None, batch, BUCKETS, 1.0)
+    assert_same(got, trained(case, CONFIG, case.cut(CONFIG)))
 
 
 @pytest.mark.parametrize(
@@ -205,10 +231,24 @@ def test_heavy_tails_leave_little_padding(shards, rows, microbatches, buckets):
     drawn = np.minimum(np.random.default_rng(0).geometric(1 / 64, rows), 512)
     train = TrainConfig(length_buckets=buckets, microbatches=microbatches)
     pieces = batching.cut(np.full(rows // 8, 8), shards, np.random.default_rng(0), 8)
-    cut = packing.pack_step(pieces, train, np.arange(512) < drawn[:, None], np.zeros(rows), np.ones(rows, bool))
-    share = packing.padding(cut, train, drawn, np.full(rows, 64), 512, 64).share(6.3e6, 4096.0)
-    padded = packing.padding(pieces, train, drawn, np.full(rows, 64), 512, 64).share(6.3e6, 4096.0)
-    assert share <= 0.15 and padded > 0.8
+    prompt = np.ones((rows // 8, 64), bool)
+    mask = np.arange(512) < drawn[:, None]
+    cut = packing.pack_step(pieces, train, prompt, mask, np.zeros(rows), np.ones(rows, bool))
+    of = drawn, np.full(rows // 8, 64), 512, 64, (6.3e6, 4096.0)
+    assert packing.share(cut, train, *of) <= 0.15 and packing.share(pieces, train, *of) > 0.7
+
+
+def test_heavy_tailed_prompts_leave_little_padding():
+    """Of 3,200 tokens at most and 100 in the mean, as mathematical problems have."""
+    rng = np.random.default_rng(0)
+    before, rows = np.minimum(rng.geometric(1 / 100, 64), 3200), 64 * 8
+    before[0] = 3200
+    train = TrainConfig(length_buckets=6, microbatches=64)
+    pieces = batching.cut(np.full(64, 8), 1, rng, 8)
+    mask = np.arange(3200) < before[:, None]
+    cut = packing.pack_step(pieces, train, mask, np.ones((rows, 9), bool), np.zeros(rows), np.ones(rows, bool))
+    streams, padded = (packing.padding(x, train, np.full(rows, 9), before, 9, 3200)[1] for x in (cut, pieces))
+    assert streams.share(1.0, 0.0) < 0.25 and padded.share(1.0, 0.0) > 0.9
 
 
 def test_a_run_takes_buckets(configure, launch, watch_update):
