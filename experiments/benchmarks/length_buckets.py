@@ -64,7 +64,7 @@ def shares(train: TrainConfig, seeds: range = range(10)) -> dict[str, float]:
         spent, _ = packing.padding(pieces, train, lengths, before, SIZE["length"], SIZE["prompt"])
         packed = isinstance(pieces, packing.Packed)
         number = float(pieces.of_rows.number[0]) if packed else float(len(pieces.rows))
-        prompts = 4 / 3 if packed else pieces.prompts.size / SIZE["prompts"]
+        prompts = packing.RUNS if packed else pieces.prompts.size / SIZE["prompts"]
         per_token, per_pair = work(train_step.architecture(SIZE))
         prompt = prompts * SIZE["prompts"] * SIZE["prompt"] * (per_token + SIZE["prompt"] * per_pair)
         total = spent.tokens * per_token + spent.pairs * per_pair
@@ -124,7 +124,7 @@ def of_slice(model: str, tensor: int, mean: int, buckets: int | None, seeds: ran
             there = np.ones((rows // each, prompt), bool)
             cut = packing.pack_step(cut, train, there, mask, rewards, np.ones(rows, bool))
         spent, _ = packing.padding(cut, train, used, before, longest, prompt)
-        prompts = cut.prompts.size * (4 / 3 if buckets is not None else 1)
+        prompts = cut.prompts.size * (packing.RUNS if buckets is not None else 1)
         prompts *= prompt * (per_token + prompt / 2 * per_pair)
         total = prompts + spent.tokens * per_token + spent.pairs * per_pair
         shares = (spent.share(1.0, 0.0), spent.share(0.0, 1.0), spent.share(per_token, per_pair))

@@ -237,21 +237,20 @@ def _prompts(step: Step, model: qwen3.Qwen3, cut: Packed) -> Floats:
 
     def add(number: jax.Array, floats: Floats) -> Floats:
         window = _Window.of(cut.of_prompts, number, shape, shape.rows)
+        chosen = (window.take(cut.prompts), window.place, window.live)
 
         def shard(given: tuple) -> Floats:
-            (k, v, last), (ids, place, live), new = given[0], given[1], given[2]
-            of = _prompt_stream(step, shape, ids, live)
-            there = jnp.where(of.real, place[of.row], shape.rows), of.step
-            k, v = (x.at[:, *there].set(y, mode="drop") for x, y in ((k, new[0]), (v, new[1])))
-            return k, v, last.at[jnp.where(live, place, shape.rows)].set(new[2], mode="drop")
+            (k, v, last), new, chosen = given
+            tokens, prompts = _prompt_places(step, shape, *chosen)
+            k, v = (x.at[:, *tokens].set(y, mode="drop") for x, y in ((k, new[0]), (v, new[1])))
+            return k, v, last.at[prompts].set(new[2], mode="drop")
 
-        chosen = (window.take(cut.prompts), window.place, window.live)
-        return step.layout.over_shards(shard, (floats, chosen, _prefill(step, model, window, chosen, shape)))
+        return step.layout.over_shards(shard, (floats, _prefill(step, model, window, chosen, shape), chosen))
 
-    count, (shards, prompts), longest = model.config, cut.prompts.shape, step.batch.prompts.shape[1]
+    config, (shards, prompts), longest = model.config, cut.prompts.shape, step.batch.prompts.shape[1]
     dtype = qwen3.embed_tokens(model, jnp.zeros(1, jnp.int32)).dtype
-    state = jnp.zeros((shards, count.num_layers, prompts, longest, count.num_kv_heads, count.head_dim), dtype)
-    last = jnp.zeros((shards, prompts, count.hidden_size), dtype)
+    state = jnp.zeros((shards, config.num_layers, prompts, longest, config.num_kv_heads, config.head_dim), dtype)
+    last = jnp.zeros((shards, prompts, config.hidden_size), dtype)
     return jax.lax.fori_loop(0, cut.of_prompts.number, add, (state, state, last))
 
 
@@ -261,16 +260,15 @@ def _prompts_gradient(
     """`grad` and what comes to the parameters through the prompts' states."""
     shape, moving = step.prompt_sizes(cut), _moving_prompts(step, cut)
 
+    def shard(given: tuple) -> Floats:
+        (k, v, last), chosen = given
+        tokens, prompts = _prompt_places(step, shape, *chosen)
+        k, v = (x.at[:, *tokens].get(mode="fill", fill_value=0) for x in (k, v))
+        return k, v, last.at[prompts].get(mode="fill", fill_value=0)
+
     def add(number: jax.Array, grad: Any) -> Any:
         window = _Window.of(cut.of_prompts, number, shape, shape.rows)
         chosen = (window.take(cut.prompts), window.place, window.live)
-
-        def shard(given: tuple) -> Floats:
-            (k, v, last), (ids, place, live) = given
-            of = _prompt_stream(step, shape, ids, live)
-            there = jnp.where(of.real, place[of.row], shape.rows), of.step
-            k, v = (x.at[:, *there].get(mode="fill", fill_value=0) for x in (k, v))
-            return k, v, jnp.where(live[:, None], last[place], 0)
 
         def with_gradient(grad: Any) -> Any:
             def states(trained: piece.Trained) -> Floats:
@@ -298,6 +296,14 @@ def _moving_prompts(step: Step, cut: Packed) -> jax.Array:
 def _prompt_stream(step: Step, shape: Sizes, ids: jax.Array, live: jax.Array) -> ragged.Stream:
     length = jnp.where(live, step.batch.prompt_mask[ids].sum(-1, dtype=jnp.int32), 0)
     return ragged.stream(length, jnp.zeros_like(ids), shape.tokens)
+
+
+def _prompt_places(
+    step: Step, shape: Sizes, ids: jax.Array, place: jax.Array, live: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Of a piece's stream, each token's prompt and step, and of its prompts, each one's place; Q where nothing is."""
+    of = _prompt_stream(step, shape, ids, live)
+    return (jnp.where(of.real, place[of.row], shape.rows), of.step), jnp.where(live, place, shape.rows)
 
 
 def _prefill(step: Step, model: qwen3.Qwen3, window: _Window, chosen: tuple, shape: Sizes) -> Floats:

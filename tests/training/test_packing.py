@@ -234,8 +234,10 @@ def test_heavy_tails_leave_little_padding(shards, rows, microbatches, buckets):
     prompt = np.ones((rows // 8, 64), bool)
     mask = np.arange(512) < drawn[:, None]
     cut = packing.pack_step(pieces, train, prompt, mask, np.zeros(rows), np.ones(rows, bool))
-    of = drawn, np.full(rows // 8, 64), 512, 64, (6.3e6, 4096.0)
-    assert packing.share(cut, train, *of) <= 0.15 and packing.share(pieces, train, *of) > 0.7
+    of, work = (drawn, np.full(rows // 8, 64), 512, 64), (6.3e6, 4096.0)
+    share, padded = (packing.padding(x, train, *of)[0].share(*work) for x in (cut, pieces))  # of responses alone
+    assert share <= 0.15 and padded > 0.8
+    assert packing.share(cut, train, *of, work) <= 0.15  # with their prompts
 
 
 def test_heavy_tailed_prompts_leave_little_padding():
