@@ -216,11 +216,10 @@ def _sample(
         sampler = engines.sampler(policy.model, config.eval_sampling(policy.stop_tokens))
         # A set's keys are its own, whatever else is evaluated beside it.
         key = jax.random.fold_in(jax.random.key(config.run.seed), zlib.crc32(name.encode()))
-        longest = config.data.max_prompt_tokens or asked.prompts.longest
         done, told = {(row.problem, row.rank) for row in kept}, time.monotonic()
         for rows, generated in run.responses(
-            sampler, asked.prompts, policy.tokenizer, verifier, key, samples, longest, per_call, kept=done,
-            as_they_finish=True,
+            sampler, asked.prompts, policy.tokenizer, verifier, key, samples, asked.prompts.longest, per_call,
+            kept=done, as_they_finish=True,
         ):  # fmt: skip
             if place is not None and rows:
                 store.append(place, name, rows)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from gdro_jax.models import attention, qwen3
 
-Shapes = tuple[tuple[int, int], ...]
+Shape = tuple[int, int, int]  # of a group: rows, tokens a row, and keys of the prompt before each
+Shapes = tuple[Shape, ...]
 Grads = tuple[jax.Array, ...]
 
 
@@ -23,7 +24,7 @@ class Groups(NamedTuple):
 
     Attributes:
       first, last: int32[g], a group holds the rows first <= i < last.
-      size: int32[g], its shape as a position in the tuple of (rows, tokens) that the program was compiled for.
+      size: int32[g], its shape as a position in the tuple of `Shape` that the program was compiled for.
       begin, end: int32[], the groups begin <= i < end are run.
     """
 
@@ -88,7 +89,7 @@ def extend(
       kv: of P prompts.
       of: where the rows lie.
       groups: every row with tokens in one of them.
-      shapes: (rows, tokens a row) of the groups' sizes; static.
+      shapes: of the groups; static. No prompt of a group has more tokens than the shape says; no keys behind are seen.
     """
     mix = partial(_mix, (model.kernel, shapes))
 
@@ -126,7 +127,7 @@ Arrays = tuple[jax.Array, ...]  # q [N, H, C], k and v [N, K, C]; of responses t
 def _mix(static: Static, arrays: Arrays, mask: jax.Array | None, of: Stream, groups: Groups) -> jax.Array:
     """Attention of the stream, [N, H, C]; mask bool[P, L] of the prompts before it, None where there are none."""
 
-    def one(shape: tuple[int, int], group: jax.Array, out: jax.Array) -> jax.Array:
+    def one(shape: Shape, group: jax.Array, out: jax.Array) -> jax.Array:
         found = _Group.find(shape, group, of, groups)
         mixed = found.attention(static[0], mask)(*found.take(arrays))
         return out.at[found.place].set(mixed, mode="drop")
@@ -141,13 +142,14 @@ def _forward(static: Static, *given) -> tuple[jax.Array, tuple]:
 def _backward(static: Static, saved: tuple, bar: jax.Array) -> tuple:
     arrays, mask, of, groups = saved
 
-    def one(shape: tuple[int, int], group: jax.Array, sums: Grads) -> Grads:
+    def one(shape: Shape, group: jax.Array, sums: Grads) -> Grads:
         found = _Group.find(shape, group, of, groups)
         _, back = jax.vjp(found.attention(static[0], mask), *found.take(arrays))
         bars = back(found.take_tokens(bar))
         put = (total.at[found.place].set(x, mode="drop") for total, x in zip(sums[:3], bars[:3], strict=True))
         shared = (
-            total.at[found.prompts].add(x.astype(total.dtype)) for total, x in zip(sums[3:], bars[3:], strict=True)
+            total.at[found.prompts, : shape[2]].add(x.astype(total.dtype))
+            for total, x in zip(sums[3:], bars[3:], strict=True)
         )
         return *put, *shared
 
@@ -174,23 +176,26 @@ class _Group(NamedTuple):
     place: jax.Array
     real: jax.Array
     prompts: jax.Array
+    before: int
 
     @staticmethod
-    def find(shape: tuple[int, int], group: jax.Array, of: Stream, groups: Groups) -> "_Group":
+    def find(shape: Shape, group: jax.Array, of: Stream, groups: Groups) -> "_Group":
         wanted = groups.first[group] + jnp.arange(shape[0])
         row = jnp.minimum(wanted, len(of.length) - 1)
         count = jnp.where(wanted < groups.last[group], of.length[row], 0)
         steps = jnp.arange(shape[1])
         real = steps < count[:, None]
-        return _Group(jnp.where(real, of.start[row][:, None] + steps, len(of.row)), real, of.prompt_index[row])
+        return _Group(
+            jnp.where(real, of.start[row][:, None] + steps, len(of.row)), real, of.prompt_index[row], shape[2]
+        )
 
     def take_tokens(self, x: jax.Array) -> jax.Array:
         return x.at[self.place].get(mode="fill", fill_value=0)
 
     def take(self, arrays: Arrays) -> Arrays:
-        return *(self.take_tokens(x) for x in arrays[:3]), *(x[self.prompts] for x in arrays[3:])
+        return *(self.take_tokens(x) for x in arrays[:3]), *(x[self.prompts, : self.before] for x in arrays[3:])
 
     def attention(self, kernel: str, mask: jax.Array | None):
-        before = None if mask is None else mask[self.prompts]
+        before = None if mask is None else mask[self.prompts, : self.before]
         causal = attention.causal(kernel, self.real, before, remade=True)
         return lambda q, k, v, *shared: causal(q, k, v, shared or None)

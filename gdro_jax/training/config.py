@@ -137,8 +137,8 @@ class DataConfig:
       chat: None for the template's text as it is (base models); `{}` to make it the user's turn in the tokenizer's chat
         template; `system` in it is the system's turn, other entries, such as `enable_thinking`, go to that template.
       max_prompt_tokens: longest prompt, None for the longest there is; longer ones are treated as `overlong` says,
-        `drop` or `refuse`. Every prompt is padded to this one length. Without it `drop` leaves out prompts above what
-        the model's positions leave besides the longest response.
+        `drop` or `refuse`. Prompts are padded to the longest that is left. Without a limit `drop` leaves out prompts
+        above what the model's positions leave besides the longest response.
       verifier: `exact` (the whole response), `math` (the last box, by math-verify), `numeric` (the last box, a number),
         `choice` (the last box, an option's letter), or a function of yours as `package.module:function`.
       verifier_workers: processes of the `math` verifier or of yours.

@@ -47,7 +47,7 @@ class Evaluator:
             self._verifier,
             key,
             samples,
-            self._config.data.max_prompt_tokens or self._all.longest,
+            self._all.longest,
             self._config.eval.problems_per_call,
             as_they_finish=True,
             watch=watch,

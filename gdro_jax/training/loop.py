@@ -89,8 +89,7 @@ class Trainer:
         base, low_rank = parts.policy.model, config.model.lora_rank is not None
         self.reference = qwen3.working(base) if config.train.kl_coef > 0 or low_rank else None
         self._reference_weights = None if self.reference is None else setup.weights_of(config.model)
-        longest = config.data.max_prompt_tokens or parts.train.longest
-        self.tokens, self.mask = prompt_data.pad(parts.train.tokens, longest)
+        self.tokens, self.mask = prompt_data.pad(parts.train.tokens, parts.train.longest)
         self.strata = np.array([p.stratum for p in parts.train.problems], dtype=object)
         self._plan, self._update_rule = jax.jit(parts.rule.plan), jax.jit(parts.rule.update)
         self._metrics, self._reweigh = jax.jit(parts.rule.metrics), jax.jit(parts.rule.reweigh)

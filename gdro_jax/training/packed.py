@@ -41,8 +41,8 @@ class Step(NamedTuple):
 
     def sizes(self, cut: Packed) -> Sizes:
         assert self.config.length_buckets is not None
-        rows, longest = cut.rows.shape[-1], self.batch.tokens.shape[1]
-        return packing.sizes(self.config.length_buckets, rows, self.config.microbatches, longest)
+        rows, longest, prompt = cut.rows.shape[-1], self.batch.tokens.shape[1], self.batch.prompts.shape[1]
+        return packing.sizes(self.config.length_buckets, rows, self.config.microbatches, longest, prompt)
 
     def prompt_sizes(self, cut: Packed) -> Sizes:
         return packing.prompt_sizes(cut.prompts.shape[-1], self.batch.prompts.shape[1])

@@ -26,6 +26,9 @@ SHORTEST = 16  # the shortest length of attention is the longest's such part
 GROUPS = 4  # a group of rows takes about such a part of the piece's tokens
 TOKENS_PER_ROW = 16  # a piece has room for a row per so many tokens, or more rows where the longest row is short
 PROMPT_BUCKETS = 3  # of prompts' attention, which is little work: each length is one more shape to compile
+SHORT_PROMPT = (
+    4  # responses see the keys of L prompt tokens, or of such a part of L where no prompt of a group has more
+)
 RUNS = 4 / 3  # of prompts in streams, forward and backward: forward once more than responses
 PROMPT_TOKENS = 512  # of a prompts' piece where no prompt is longer: enough for products at full rate
 
@@ -36,12 +39,12 @@ class Sizes(NamedTuple):
     Attributes:
       tokens: N of a piece; a response's last token, which is only predicted, is not counted.
       rows: that a piece has room for.
-      groups: (rows, tokens a row) of attention, the shortest first.
+      groups: (rows, tokens a row, keys before each) of attention, the shortest first.
     """
 
     tokens: int
     rows: int
-    groups: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[int, int, int], ...]
 
 
 class Streams(NamedTuple):
@@ -71,28 +74,39 @@ class Streams(NamedTuple):
             *(np.zeros((minibatches, shards * rows), np.int32) for _ in range(3)),
         )  # fmt: skip
 
-    def fill(self, m: int, length: np.ndarray, idle: np.ndarray, shape: Sizes) -> np.ndarray:
-        """Writes minibatch m, of rows with so many tokens int[S, n]; the rows in their new order, int[S, n]."""
-        pieces_of = _streams(length, idle, shape)
+    def fill(
+        self, m: int, length: np.ndarray, idle: np.ndarray, shape: Sizes, before: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Writes minibatch m, of rows with so many tokens int[S, n], and so many keys before them, none if None; the
+        rows in their new order, int[S, n]."""
+        before = np.zeros_like(length) if before is None else np.where(length > 0, before, 0)
+        most = shape.groups[0][2]  # of the keys that the groups for short prompts hold
+        pieces_of = [
+            [piece[np.argsort(before[s][piece] <= most, kind="stable")] for piece in held]
+            for s, held in enumerate(_streams(length, idle, shape))
+        ]
         number = self.number[m] = len(pieces_of[0])
-        longest = np.zeros((number, shape.rows), length.dtype)
+        longest, seen = np.zeros((2, number, shape.rows), length.dtype)
         for s, held in enumerate(pieces_of):
             self.pieces[m, s, : number + 1] = np.cumsum([0, *map(len, held)])
             for k, piece in enumerate(held):
-                longest[k, : len(piece)] = np.maximum(longest[k, : len(piece)], length[s][piece])
+                here = slice(len(piece))
+                longest[k, here] = np.maximum(longest[k, here], length[s][piece])
+                seen[k, here] = np.maximum(seen[k, here], before[s][piece])
         group = 0
         for k in range(number):
             self.groups[m, k] = group
-            for found in _groups(longest[k], shape):
+            for found in _groups(longest[k], seen[k], shape):
                 self.first[m, group], self.last[m, group], self.size[m, group] = found
                 group += 1
         self.groups[m, number:] = group
         return np.stack([np.concatenate(held) for held in pieces_of])
 
-    def work(self, shape: Sizes, before: int) -> tuple[int, int]:
-        """Tokens and query-key pairs of all pieces on one shard, with so many keys before each row's own."""
+    def work(self, shape: Sizes) -> tuple[int, int]:
+        """Tokens and query-key pairs of all pieces on one shard."""
         run = np.concatenate([size[: ends[-1]] for size, ends in zip(self.size, self.groups, strict=True)])
-        done = sum(shape.groups[size][0] * pairs(shape.groups[size][1], before) for size in run.tolist())
+        each = [rows * pairs(length, before) for rows, length, before in shape.groups]
+        done = sum(each[size] for size in run.tolist())
         return int(self.number.sum()) * shape.tokens, done
 
 
@@ -114,23 +128,29 @@ class Packed(NamedTuple):
     of_prompts: Streams
 
 
-def sizes(buckets: int, rows: int, microbatches: int, longest: int) -> Sizes:
-    """Shapes for n rows of at most T tokens: a piece has as many tokens as a microbatch of full rows."""
+def sizes(buckets: int, rows: int, microbatches: int, longest: int, prompt: int) -> Sizes:
+    """Shapes for n rows of at most T tokens after L: a piece has as many tokens as a microbatch of full rows."""
     tokens = rows // microbatches * longest
     per_row = max(1, min(TOKENS_PER_ROW, longest // SHORTEST))
-    return Sizes(tokens, min(rows, tokens // per_row), _group_sizes(buckets, rows, tokens, max(longest - 1, 1)))
+    before = tuple(sorted({-(-prompt // SHORT_PROMPT), prompt}))
+    groups = _group_sizes(buckets, rows, tokens, max(longest - 1, 1), before)
+    return Sizes(tokens, min(rows, tokens // per_row), groups)
 
 
 def prompt_sizes(prompts: int, longest: int) -> Sizes:
     """Shapes for Q prompts of at most L tokens."""
     tokens = max(longest, min(prompts * longest, PROMPT_TOKENS))
-    return Sizes(tokens, prompts, _group_sizes(PROMPT_BUCKETS, prompts, tokens, longest))
+    return Sizes(tokens, prompts, _group_sizes(PROMPT_BUCKETS, prompts, tokens, longest, (0,)))
 
 
-def _group_sizes(buckets: int, rows: int, tokens: int, longest: int) -> tuple[tuple[int, int], ...]:
+def _group_sizes(
+    buckets: int, rows: int, tokens: int, longest: int, before: tuple[int, ...]
+) -> tuple[tuple[int, int, int], ...]:
     steps = range(buckets - 1, -1, -1)
     lengths = sorted({max(1, round(longest * SHORTEST ** (-i / max(buckets - 1, 1)))) for i in steps})
-    return tuple((min(rows, max(1, tokens // (GROUPS * length))), length) for length in lengths)
+    return tuple(
+        (min(rows, max(1, tokens // (GROUPS * length))), length, width) for length in lengths for width in before
+    )
 
 
 def pack(
@@ -169,7 +189,8 @@ def pack(
         order = out.of_prompts.fill(m, tokens, ~moving[m], prompt_shape)
         out.prompts[m], out.prompt_used[m] = (np.take_along_axis(x[m], order, axis=1) for x in (prompts, used))
         place = np.argsort(order, axis=1)
-        order = out.of_rows.fill(m, inputs[rows[m]], idle[rows[m]], shape)
+        seen = np.take_along_axis(tokens, local[m], axis=1)
+        order = out.of_rows.fill(m, inputs[rows[m]], idle[rows[m]], shape, seen)
         out.rows[m] = np.take_along_axis(rows[m], order, axis=1)
         out.local_index[m] = np.take_along_axis(place, np.take_along_axis(local[m], order, axis=1), axis=1)
     return out
@@ -194,9 +215,10 @@ def pack_step(
     np.maximum.at(high, index[scorable], rewards[scorable])
     np.minimum.at(low, index[scorable], rewards[scorable])
     idle = ~scorable | (high <= low)[index] if train.kl_coef == 0 else np.zeros(len(mask), bool)
-    shape = sizes(train.length_buckets or 1, pieces.rows.shape[1], train.microbatches, mask.shape[1])
+    prompt = np.shape(prompt_mask)[1]
+    shape = sizes(train.length_buckets or 1, pieces.rows.shape[1], train.microbatches, mask.shape[1], prompt)
     used, before = lengths(mask, scorable), np.asarray(prompt_mask).sum(axis=1)
-    return pack(pieces, used, before, idle, shape, train.minibatches, np.shape(prompt_mask)[1])
+    return pack(pieces, used, before, idle, shape, train.minibatches, prompt)
 
 
 def lengths(mask: np.ndarray, scorable: np.ndarray) -> np.ndarray:
@@ -244,9 +266,8 @@ def padding(
     else:
         _, shards, each = cut.rows.shape
         held = cut.prompts[cut.prompt_used]
-        shape = sizes(train.length_buckets or 1, each, train.microbatches, longest)
-        responses = cut.of_rows.work(shape, prompt)
-        prompts = cut.of_prompts.work(prompt_sizes(cut.prompts.shape[2], prompt), 0)
+        responses = cut.of_rows.work(sizes(train.length_buckets or 1, each, train.microbatches, longest, prompt))
+        prompts = cut.of_prompts.work(prompt_sizes(cut.prompts.shape[2], prompt))
         responses, prompts = ((shards * tokens, shards * done) for tokens, done in (responses, prompts))
     own = before[held]
     return (
@@ -303,18 +324,21 @@ def _bins(lengths: np.ndarray, chosen: np.ndarray, shape: Sizes, before: list[np
     return [np.array(sorted(piece, key=lambda i: -lengths[i]), int) for piece in held]
 
 
-def _groups(lengths: np.ndarray, shape: Sizes) -> list[tuple[int, int, int]]:
-    """(first, last, size) of the cheapest groups for a piece's rows, longest first; rows of length 0 need none."""
-    rows = int((lengths > 0).sum())
-    cost = [count * pairs(length, length) for count, length in shape.groups]
-    best, chosen = [0] * (rows + 1), [0] * rows
+def _groups(lengths: np.ndarray, before: np.ndarray, shape: Sizes) -> list[tuple[int, int, int]]:
+    """(first, last, size) of the cheapest groups for a piece's rows in their order; trailing empty rows need none."""
+    rows = int(np.flatnonzero(lengths)[-1]) + 1 if lengths.any() else 0
+    cost = [count * pairs(length, width) for count, length, width in shape.groups]
+    reach = []  # of each shape, up to where rows fit it
+    for _, length, width in shape.groups:
+        over = np.where((lengths[:rows] > length) | (before[:rows] > width), np.arange(rows), rows)
+        reach.append(np.minimum.accumulate(over[::-1])[::-1].tolist())
+    best, chosen = [0] * (rows + 1), [[0, 0]] * rows
     for i in range(rows - 1, -1, -1):
-        fitting = [b for b, (_, length) in enumerate(shape.groups) if length >= lengths[i]]
-        totals = [cost[b] + best[min(rows, i + shape.groups[b][0])] for b in fitting]
-        best[i], chosen[i] = min(zip(totals, fitting, strict=True))
+        stops = ((b, min(reach[b][i], i + count)) for b, (count, _, _) in enumerate(shape.groups))
+        best[i], *chosen[i] = min((cost[b] + best[stop], b, stop) for b, stop in stops if stop > i)
     out, i = [], 0
     while i < rows:
-        stop = min(rows, i + shape.groups[chosen[i]][0])
-        out.append((i, stop, chosen[i]))
+        b, stop = chosen[i]
+        out.append((i, stop, b))
         i = stop
     return out

@@ -52,7 +52,9 @@ def shapes(config: Config, prompt_tokens: int, layout: Layout = ONE_DEVICE) -> S
     pieces, buckets = train.minibatches * train.microbatches * shards, train.length_buckets
     cuts = pieces if buckets is None else train.minibatches * shards
     room = batching.prompts_per_piece(prompts, rows, cuts, setup.most_rollouts(config.controller))
-    packed = None if buckets is None else packing.sizes(buckets, rows // cuts, train.microbatches, tokens)
+    packed = None
+    if buckets is not None:
+        packed = packing.sizes(buckets, rows // cuts, train.microbatches, tokens, prompt_tokens)
     held = rows // pieces if packed is None else packed.rows
     return Shapes(prompts, rows, prompt_tokens, tokens, pieces, held, room, packed, shards)
 
@@ -173,8 +175,8 @@ def text(
         f"device      {chip.name}, {chip.memory / GIB:.1f} GiB"
         f", {chip.flops / 1e12:.3g} TFLOP/s{' measured just now' if chip.measured else ''}",
         f"model       {qwen3.num_params(architecture) / 1e6:.1f} million parameters, {architecture.num_layers} layers",
-        f"step        {shape.prompts} prompts of {shape.prompt_tokens} tokens, {shape.rows} rows of "
-        f"{shape.response_tokens} tokens",
+        f"step        {shape.prompts} prompts of at most {shape.prompt_tokens} tokens, {shape.rows} rows "
+        f"of {shape.response_tokens} tokens",
         *_pieces(config, shape),
         f"compile     {compiled.seconds:.1f} s, the update's one program",
     ]
@@ -212,12 +214,15 @@ def _pieces(config: Config, shape: Shapes) -> list[str]:
         return [
             f"piece       {shape.piece_rows} rows, {shape.piece_prompts} prompts; {updates} updates of {pieces} pieces"
         ]
-    groups = ", ".join(f"{rows} x {tokens}" for rows, tokens in shape.packed.groups)
+    prompts = packing.prompt_sizes(shape.piece_prompts, shape.prompt_tokens)
+    groups = ", ".join(f"{rows} x {tokens} after {before}" for rows, tokens, before in shape.packed.groups)
+    of_prompts = ", ".join(f"{rows} x {tokens}" for rows, tokens, _ in prompts.groups)
     return [
         f"piece       {shape.packed.tokens} tokens of at most {shape.packed.rows} rows; {updates} updates of at least "
         f"{pieces} pieces if all responses are of full length, of fewer as they are shorter",
         f"attention   groups of {groups} tokens",
-        f"prompts     {shape.piece_prompts} an update, before its pieces",
+        f"prompts     {shape.piece_prompts} an update, before its pieces, in pieces of {prompts.tokens} tokens; "
+        f"attention in groups of {of_prompts} tokens",
     ]
 
 

@@ -349,7 +349,7 @@ def attention_kernel(config: ModelConfig, model: qwen3.Qwen3Config, device: jax.
 
 
 def longest_prompt(config: Config) -> int:
-    """Tokens that every training prompt is padded to: `data.max_prompt_tokens`, else those of the longest.
+    """Tokens that training prompts are padded to: at most `data.max_prompt_tokens`; without it those of the longest.
 
     Raises:
       InputError, DataError, CheckpointError: with one clear line.

@@ -127,8 +127,8 @@ def steps(draw):
     return counts, minibatches, shards, microbatches, longest, lengths, idle, draw(st.integers(1, 8))
 
 
-def assert_holds_all(of, m, tokens, shape):
-    """A minibatch's pieces hold its rows, tokens int[S, n], within their shapes, each in one group."""
+def assert_holds_all(of, m, tokens, before, shape):
+    """A minibatch's pieces hold its rows, of so many tokens and keys before int[S, n], each in one group that fits."""
     number, groups, each = of.number[m], of.groups[m], tokens.shape[1]
     assert (groups[number:] == groups[number]).all()
     for s, inputs in enumerate(tokens):
@@ -136,13 +136,15 @@ def assert_holds_all(of, m, tokens, shape):
         assert ends[0] == 0 and (ends[number:] == each).all() and (np.diff(ends) >= 0).all()
         for k in range(number):
             held = inputs[ends[k] : ends[k + 1]]
+            keys = np.where(held > 0, before[s, ends[k] : ends[k + 1]], 0)
             assert len(held) <= shape.rows and held.sum() <= shape.tokens
             seen = np.zeros(shape.rows, int)
             for g in range(groups[k], groups[k + 1]):
                 first, last = of.first[m, g], of.last[m, g]
-                size, length = shape.groups[of.size[m, g]]
+                size, length, most = shape.groups[of.size[m, g]]
                 assert 0 <= first < last <= shape.rows and last - first <= size
                 assert held[first:last].max(initial=0) <= length
+                assert keys[first:last].max(initial=0) <= most
                 seen[first:last] += 1
             assert seen.max() <= 1 and (seen[: len(held)][held > 0] == 1).all()
 
@@ -155,17 +157,19 @@ def test_laws(drawn, most, seed):
     index = batching.flat_index(counts)
     rows = batching.cut(counts, minibatches * shards, np.random.default_rng(0))
     each = rows.rows.shape[1]
-    shape = packing.sizes(buckets, each, microbatches, longest)
+    shape = packing.sizes(buckets, each, microbatches, longest, most)
     cut = packing.pack(rows, lengths, before, idle, shape, minibatches, most)
-    assert len(shape.groups) <= buckets and shape.groups[-1][1] == max(longest - 1, 1)
+    assert len(shape.groups) <= 2 * buckets and shape.groups[-1][1:] == (max(longest - 1, 1), most)
     owners = np.take_along_axis(cut.prompts, cut.local_index, axis=2)
     np.testing.assert_array_equal(owners, index[cut.rows])
     assert np.take_along_axis(cut.prompt_used, cut.local_index, axis=2).all()
     of_prompts = packing.prompt_sizes(cut.prompts.shape[2], most)
     for m in range(minibatches):  # minibatches are what they were
         assert sorted(cut.rows[m].reshape(-1)) == sorted(rows.rows.reshape(minibatches, -1)[m])
-        assert_holds_all(cut.of_rows, m, np.maximum(lengths[cut.rows[m]] - 1, 0), shape)
-        assert_holds_all(cut.of_prompts, m, np.where(cut.prompt_used[m], before[cut.prompts[m]], 0), of_prompts)
+        held = np.where(cut.prompt_used[m], before[cut.prompts[m]], 0)
+        assert_holds_all(cut.of_prompts, m, held, np.zeros_like(held), of_prompts)
+        seen = np.take_along_axis(held, cut.local_index[m], axis=1)
+        assert_holds_all(cut.of_rows, m, np.maximum(lengths[cut.rows[m]] - 1, 0), seen, shape)
 
 
 def test_prompts_change_places_until_shards_have_like_work():
@@ -183,7 +187,7 @@ def test_prompts_change_places_until_shards_have_like_work():
 def test_rows_without_a_gradient_share_pieces():
     rows = batching.cut(np.full(8, 1), 1, np.random.default_rng(0))
     idle = np.arange(8) % 2 == 0
-    cut = packing.pack(rows, np.full(8, 9), np.full(8, 3), idle, packing.sizes(2, 8, 4, 10), 1, 3)
+    cut = packing.pack(rows, np.full(8, 9), np.full(8, 3), idle, packing.sizes(2, 8, 4, 10, 3), 1, 3)
     pieces = [idle[cut.rows[0, 0, a:b]] for a, b in itertools.pairwise(cut.of_rows.pieces[0, 0, :5])]
     assert cut.of_rows.number[0] == 4 and all(piece.all() or not piece.any() for piece in pieces)
     graded = np.ones((8, 3), bool), np.ones((8, 9), bool), np.ones(8), np.ones(8, bool)
@@ -203,21 +207,32 @@ def test_padding_by_hand():
     of = lengths, before, 9, 4, (1.0, 0.0)
     assert packing.share(rows, TrainConfig(), *of) == 1 - (12 + 12) / (32 + 16)
     train = TrainConfig(length_buckets=2, microbatches=2)  # 2 rows of 9: pieces of 18 tokens, groups of 4 x 1 and 1 x 8
-    cut = packing.pack(rows, lengths, before, np.zeros(4, bool), packing.sizes(2, 4, 2, 9), 1, 4)
-    assert packing.sizes(2, 4, 2, 9) == (18, 4, ((4, 1), (1, 8)))
-    assert packing.prompt_sizes(4, 4) == (16, 4, ((4, 1), (1, 4)))  # lengths 0.25 and 1 are one
+    shape = packing.sizes(2, 4, 2, 9, 4)
+    cut = packing.pack(rows, lengths, before, np.zeros(4, bool), shape, 1, 4)
+    assert shape == (18, 4, ((4, 1, 1), (4, 1, 4), (1, 8, 1), (1, 8, 4)))  # after prompts of at most 1 or 4 tokens
+    assert packing.prompt_sizes(4, 4) == (16, 4, ((4, 1, 0), (1, 4, 0)))  # lengths 0.25 and 1 are one
     found, prompts = packing.padding(cut, train, lengths, before, 9, 4)
     assert found == (18, real[0], 2 * 8 * 12, real[1])  # one piece, two groups
+    cut = packing.pack(rows, lengths, np.array([3, 3, 1, 1]), np.zeros(4, bool), shape, 1, 4)
+    assert (
+        packing.padding(cut, train, lengths, before, 9, 4)[0].pairs == 8 * 12 + 8 * 9
+    )  # the last row's prompt is short
     assert prompts == (16, 4 * 3, 4 * 4 * 4, 4 * 6)  # one piece, a group a prompt
     assert 0 < found.share(1.0, 1.0) < 1
     np.testing.assert_allclose(packing.share(cut, train, *of), 1 - (12 + 4 / 3 * 12) / (18 + 4 / 3 * 16))
 
 
 def test_prompts_go_in_several_pieces(case, monkeypatch):
-    """Streams of one longest prompt's tokens, a prompt without a gradient in a piece of its own."""
+    """Streams of one longest prompt's tokens, a prompt without a gradient in a piece of its own; responses in groups
+    behind short prompts and in such behind any."""
     monkeypatch.setattr(packing, "PROMPT_TOKENS", 1)
     batch = packed(case, BUCKETS)
+    of, shape = (
+        batch.pieces.of_rows,
+        packing.sizes(3, len(batch.tokens), 3, batch.tokens.shape[1], batch.prompts.shape[1]),
+    )
     assert batch.pieces.of_prompts.number[0] > 1
+    assert {shape.groups[size][2] for size in of.size[0, : of.groups[0, of.number[0]]]} == {2, 6}
     learner = step.Learner(case.model, make_optimiser(BUCKETS).init(case.model))
     got = step.compiled_update()(jax.tree.map(jax.numpy.copy, learner), None, batch, BUCKETS, 1.0)
     assert_same(got, trained(case, CONFIG, case.cut(CONFIG)))

@@ -39,7 +39,11 @@ def test_shapes_and_flops_by_hand():
 def test_shapes_and_flops_with_length_buckets():
     config = configured("train.length_buckets=2", "sampling.max_new_tokens=33")
     shape = plan.shapes(config, 8)
-    assert shape.packed == (132, 8, ((8, 2), (1, 32))) and shape.piece_prompts == 4 and shape.pieces == 2
+    assert (
+        shape.packed == (132, 8, ((8, 2, 2), (8, 2, 8), (1, 32, 2), (1, 32, 8)))
+        and shape.piece_prompts == 4
+        and shape.pieces == 2
+    )
     tiny = qwen3.Qwen3Config(
         vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
     )
@@ -50,7 +54,8 @@ def test_shapes_and_flops_with_length_buckets():
     uneven = shape._replace(pieces=3)  # as on shards whose rows microbatches do not divide: no row is left out
     assert plan.flops(config, tiny, uneven) == pytest.approx(prompts + 2 * responses)
     said = plan.text(config, tiny, shape, plan.Compiled(1.0), chips.CHIPS["TPU v5 lite"])
-    assert "132 tokens of at most 8 rows" in said and "8 x 2, 1 x 32" in said and "4 an update" in said
+    assert "132 tokens of at most 8 rows" in said and "8 x 2 after 2, 8 x 2 after 8, 1 x 32 after 2" in said
+    assert "4 an update, before its pieces, in pieces of 32 tokens; attention in groups of 4 x 1" in said
 
 
 def test_what_does_not_fit_says_what_to_turn():
@@ -112,7 +117,9 @@ def test_the_command_compiles_the_step_for_this_device(tiny_folder, capsys):
     fields = [word for pair in (*SMALL, f"model.path={tiny_folder}") for word in [f"--{pair}"]]
     assert main(["plan", *fields]) == 0
     out = capsys.readouterr().out
-    assert "4 prompts of 8 tokens, 8 rows of 3 tokens" in out and "4 rows, 2 prompts; 1 updates of 2 pieces" in out
+    assert (
+        "4 prompts of at most 8 tokens, 8 rows of 3 tokens" in out and "4 rows, 2 prompts; 1 updates of 2 pieces" in out
+    )
     assert (
         jax.devices()[0].device_kind in out
         and "measured just now" in out
