@@ -95,6 +95,7 @@ def test_every_number_follows_from_the_responses_kept(evaluated):
     assert "math500 by level" in text and "Level 2" in text and (place / "scores.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_an_interrupt_costs_only_what_is_not_graded(evaluated, tmp_path, monkeypatch, capsys):
     """Stopped within a batch, then killed within a line: what was graded is kept, and not a token of it drawn anew."""
     place, asked, texts = evaluated

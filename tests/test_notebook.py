@@ -22,6 +22,7 @@ def _printed(notebook: nbformat.NotebookNode) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("GDRO_NOTEBOOK_STEPS", "3")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -76,6 +76,7 @@ def test_values_and_gradients_are_the_naive_ones(rows, chunk, temperature):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_are_summed_in_float32():
     hidden, weight, targets, mix = problem(40, 16, 300, dtype=jnp.bfloat16)
     got = token_logprobs(hidden, weight, targets, chunk=16)

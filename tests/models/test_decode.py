@@ -30,7 +30,7 @@ def test_there_are_no_more_tiles_than_the_worst_case_needs() -> None:
     assert decode.tiles_of(jnp.zeros(128, jnp.int32), 500, 1).slots.shape == (128, 1)
 
 
-@pytest.mark.parametrize("unrolled", [decode.UNROLLED, 0])
+@pytest.mark.parametrize("unrolled", [pytest.param(decode.UNROLLED, marks=pytest.mark.slow), 0])
 def test_slots_at_different_positions_read_their_own_context_only(monkeypatch, unrolled) -> None:
     """One decode of four slots, each with another prompt and another number of tokens behind it, by whole sequences."""
     monkeypatch.setattr(decode, "UNROLLED", unrolled)
@@ -62,6 +62,7 @@ def test_slots_at_different_positions_read_their_own_context_only(monkeypatch, u
                 assert (held[:, last + 1 :] == 1e3).all() and (np.abs(held[:, : last + 1]) < 1e2).all()
 
 
+@pytest.mark.slow
 def test_a_full_cache_drops_what_comes_after_and_resizing_keeps_what_is_there() -> None:
     model = make_model(CASES["attention_bias"])
     kv, _ = qwen3.prefill(model, jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool))

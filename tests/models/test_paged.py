@@ -48,7 +48,10 @@ def check_conserved(state: pages.Pages, length: np.ndarray, writing: Writing) ->
     assert sorted(free + held(state, length, writing)) == list(range(len(state.free)))
 
 
-@pytest.mark.parametrize(("unrolled", "reader"), [(decode.UNROLLED, "gather"), (0, "gather"), (0, "kernel")])
+@pytest.mark.parametrize(
+    ("unrolled", "reader"),
+    [pytest.param(decode.UNROLLED, "gather", marks=pytest.mark.slow), (0, "gather"), (0, "kernel")],
+)
 def test_slots_at_different_positions_read_their_own_context_only(monkeypatch, interpreted, unrolled, reader) -> None:
     """Decode steps of four slots that come and go, by whole sequences; pages hold rubbish wherever nothing was put."""
     monkeypatch.setattr(decode, "UNROLLED", unrolled)
@@ -90,7 +93,7 @@ def test_slots_at_different_positions_read_their_own_context_only(monkeypatch, i
     check_conserved(state, LENGTHS, Writing(~ended.going, last + 1, prompt))
 
 
-@pytest.mark.parametrize("page", [1, 3, 16])
+@pytest.mark.parametrize("page", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(16, marks=pytest.mark.slow)])
 def test_pages_come_and_go_for_as_long_as_there_are_any(page: int) -> None:
     """Rows of random lengths in eight slots over a pool too small for them: told before it is short, then grown."""
     rng = np.random.default_rng(page)

@@ -62,6 +62,7 @@ def test_gradients_of_scales_and_biases_lose_no_token() -> None:
         np.testing.assert_allclose(gradient, 4000.0, rtol=2**-8)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_working_copy() -> None:
     def loss(model: qwen3.Qwen3) -> jax.Array:
         return (jnp.where(MASKS[..., None], qwen3.logits(model, TOKENS, MASKS), 0) ** 2).mean()

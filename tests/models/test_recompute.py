@@ -62,6 +62,7 @@ def test_no_weights_are_kept_for_the_gradient():
     assert kept <= 2 * parts[0][0].size < q.shape[0] * q.shape[2] * 40 * 80  # keys of both pieces; weights are more
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close():
     case = problem(70, 3, jnp.bfloat16)
     out = recompute.attend(*case)

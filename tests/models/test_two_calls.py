@@ -65,6 +65,7 @@ def test_logits_equal_those_of_the_full_sequence(name: str, path: object) -> Non
     np.testing.assert_allclose(got[REAL], want[REAL], atol=1e-5 * np.abs(want[REAL]).max(), rtol=0)
 
 
+@pytest.mark.slow
 def test_gradient_through_extend_equals_the_full_one() -> None:
     """Rows of one prompt share its keys and values; what flows back through them adds up to the full gradient."""
     model = make_model(CASES["attention_bias"])

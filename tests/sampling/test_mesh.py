@@ -36,7 +36,7 @@ def on_mesh(model: Qwen3, shape: dict[str, int]) -> tuple[Qwen3, jax.sharding.Me
 
 @pytest.mark.parametrize(
     ("shape", "slots"),
-    [({"data": 8}, None), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)],
+    [pytest.param({"data": 8}, None, marks=pytest.mark.slow), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)],
 )
 def test_eight_devices_sample_what_one_does(tiny_model, alone, shape, slots):
     model, mesh = on_mesh(tiny_model, shape)
@@ -47,6 +47,7 @@ def test_eight_devices_sample_what_one_does(tiny_model, alone, shape, slots):
     np.testing.assert_allclose(got.logprobs, alone.logprobs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_heads_of_prompts_and_cache_lie_along_tensor():
     """A device keeps its own heads of every prompt and slot, from the first program on and through decoding."""
     config = dataclasses.replace(TINY, num_heads=4, num_kv_heads=2)

@@ -92,6 +92,7 @@ def test_slots_are_not_halved(in_pages, call):
     assert {len(row) for row, *_ in call[1]} == {8} and in_pages.slot_steps % 8 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [

@@ -35,6 +35,7 @@ def test_the_same_weights_agree_and_others_do_not(tiny_model):
             agreement.check(gap, 1e-3)
 
 
+@pytest.mark.slow
 def test_a_cache_of_fewer_bits_moves_the_sampler_a_little(tiny_model, configure, launch):
     """Within the run's own tolerance, and measurably: the option is not without effect."""
     gaps = []

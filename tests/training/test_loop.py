@@ -202,6 +202,7 @@ def test_a_log_that_does_not_fit_the_checkpoint_is_refused(configure, launch, tm
         assert file.read_text() == text
 
 
+@pytest.mark.slow
 def test_a_fault_leaves_a_checkpoint_of_the_last_whole_step(configure, launch, heldout, tmp_path):
     """A fault in step 3, and one in the last evaluation: the run goes on from there and ends as one without faults."""
     config = configure(*SAMPLED, *heldout, "run.steps=4", "run.checkpoint_every=null", output="parts")

@@ -37,6 +37,7 @@ def rollouts(trainer):
     return trainer._sampler.rows(trainer.tokens, trainer.mask, index, index, jax.random.key(3))
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_and_checkpointed(configure, launch, tmp_path):
     config = configure(*LOW, "run.save_model=true", output="whole")
     trainer = launch(config)

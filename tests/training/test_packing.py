@@ -107,6 +107,7 @@ def test_lengths_compile_nothing(case):
     assert shapes[0] == shapes[1] == shapes[2]
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_too_small_is_not_finite(case):
     """The lengths that the cut was made for are not those of the batch: nothing is dropped unseen."""
     short = packed(shorter(case, 1), BUCKETS)

@@ -93,6 +93,7 @@ def test_a_sampler_that_does_not_fit_says_what_to_turn():
     assert "fits        yes, update and sampler" in plan.text(config, architecture, shape, update, chip, sampler=fine)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.local_device_count() < 8, reason="needs 8 host devices")
 def test_the_sampler_on_a_mesh():
     """Where all prompts get as many rollouts, a shard's room is its share; policy and learner lie in parts."""

@@ -368,6 +368,7 @@ def test_a_model_that_process_0_cannot_write_ends_all(number, tmp_path, tiny_mod
     assert gathered == [name for name, _ in params(tiny_model)]
 
 
+@pytest.mark.slow
 def test_a_fault_that_all_find_leaves_a_checkpoint_and_one_line(configure, launch, monkeypatch):
     trainer = launch(configure("data.max_unscorable=0.1"), None)
     trainer.verifier = type(trainer.verifier)(unscorable=2)

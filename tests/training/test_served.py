@@ -122,6 +122,7 @@ def test_a_run_by_a_served_model_brings_it_every_policy(server, configure, launc
     assert records[-1]["ledger"]["rollouts"] == 2 * 24
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_reading_new_weights_ends_the_run_before_they_are_trained_on(
     server, configure, launch, tmp_path
 ):

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 PATIENCE = 240.0  # seconds: a bound for a hung process, far from what it takes
 
 
+@pytest.mark.slow
 def test_sigterm_then_the_same_command(tmp_path, tiny_folder):
     metrics = tmp_path / "run" / "metrics.jsonl"
 

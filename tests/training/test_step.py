@@ -189,7 +189,7 @@ def test_weights_scale_the_advantages_but_not_the_kl(case):
         np.testing.assert_allclose(two[name], 2 * one[name], rtol=0.01, atol=2e-3)
 
 
-@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+@pytest.mark.parametrize("aggregate", [pytest.param("sequence", marks=pytest.mark.slow), "token"])
 def test_microbatches_change_nothing(case, plain, aggregate):
     """Nor does the way that the step is cut into them, nor compilation."""
     one, four = (dataclasses.replace(PLAIN, aggregate=aggregate, microbatches=n) for n in (1, 4))
