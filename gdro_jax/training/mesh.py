@@ -73,9 +73,15 @@ class Layout(NamedTuple):
         return jax.tree.map(one, tree)
 
     def _split(self, tree: Tree) -> Tree:
+        """Along rows; what is split along `tensor`, such as keys and values, stays so."""
         assert self.mesh is not None
-        place = NamedSharding(self.mesh, PartitionSpec(row_axes(self.mesh)))
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place), tree)
+        mesh, rows = self.mesh, row_axes(self.mesh)
+
+        def one(x: jax.Array) -> jax.Array:
+            others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(rows, *others)))
+
+        return jax.tree.map(one, tree)
 
     def _places(self, config: Qwen3Config, tree: Any) -> Any:
         """What has no parameter's name and shape (counters, factored moments) is on every device."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from gdro_jax.losses.linear_grpo import Places
 from gdro_jax.losses.reduction import LossSums
 from gdro_jax.models import qwen3, ragged
+from gdro_jax.models.sharding import over_heads
 from gdro_jax.training import packing, piece
 from gdro_jax.training.config import TrainConfig
 from gdro_jax.training.logprobs import head_logprobs
@@ -243,7 +244,7 @@ def _prompts(step: Step, model: qwen3.Qwen3, cut: Packed) -> Floats:
             (k, v, last), new, chosen = given
             tokens, prompts = _prompt_places(step, shape, *chosen)
             k, v = (x.at[:, *tokens].set(y, mode="drop") for x, y in ((k, new[0]), (v, new[1])))
-            return k, v, last.at[prompts].set(new[2], mode="drop")
+            return over_heads(k, 3), over_heads(v, 3), last.at[prompts].set(new[2], mode="drop")
 
         return step.layout.over_shards(shard, (floats, _prefill(step, model, window, chosen, shape), chosen))
 
@@ -324,4 +325,4 @@ def _prompt_kv(step: Step, prompts: jax.Array, floats: Floats) -> qwen3.PromptKV
     k, v, _ = floats
     ids = jnp.pad(prompts, (0, k.shape[1] - len(prompts)))
     mask = step.batch.prompt_mask[ids]
-    return qwen3.PromptKV(k, v, mask, mask.sum(-1, dtype=jnp.int32))
+    return qwen3.PromptKV(over_heads(k, 3), over_heads(v, 3), mask, mask.sum(-1, dtype=jnp.int32))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from gdro_jax.models import qwen3
+from gdro_jax.models.sharding import over_heads
 from gdro_jax.training import batching, mesh, step
 from gdro_jax.training.config import TrainConfig
 from gdro_jax.training.optimiser import make_optimiser
@@ -131,3 +132,11 @@ def test_two_processes_are_one(case, alone, tmp_path):
     said = [process.communicate(timeout=600)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     assert_equal(pickle.loads(out.read_bytes()), alone)
+
+
+@eight
+def test_what_a_shard_has_along_tensor_stays_so():
+    """Keys and values of prompts, of which each device would else hold all heads."""
+    layout = mesh.make(data=2, fsdp=2, tensor=2)
+    out = jax.jit(lambda x: layout.over_shards(lambda of: over_heads(2 * of, 1), x))(np.ones((4, 3, 2)))
+    assert out.sharding.shard_shape(out.shape) == (1, 3, 1)
