@@ -237,7 +237,7 @@ def _prompts(step: Step, model: qwen3.Qwen3, cut: Packed) -> Floats:
     shape = step.prompt_sizes(cut)
 
     def add(number: jax.Array, floats: Floats) -> Floats:
-        window = _Window.of(cut.of_prompts, number, shape, shape.rows)
+        window = _prompt_window(cut, number, shape)
         chosen = (window.take(cut.prompts), window.place, window.live)
 
         def shard(given: tuple) -> Floats:
@@ -268,7 +268,7 @@ def _prompts_gradient(
         return k, v, last.at[prompts].get(mode="fill", fill_value=0)
 
     def add(number: jax.Array, grad: Any) -> Any:
-        window = _Window.of(cut.of_prompts, number, shape, shape.rows)
+        window = _prompt_window(cut, number, shape)
         chosen = (window.take(cut.prompts), window.place, window.live)
 
         def with_gradient(grad: Any) -> Any:
@@ -292,6 +292,12 @@ def _moving_prompts(step: Step, cut: Packed) -> jax.Array:
     rows = _moving(step)[cut.rows]
     shard = jnp.arange(len(cut.rows))[:, None]
     return jnp.zeros(cut.prompts.shape, bool).at[shard, cut.local_index].max(rows)
+
+
+def _prompt_window(cut: Packed, number: jax.Array, shape: Sizes) -> _Window:
+    """A piece of prompts; what `cut.prompts` is filled up with is not there."""
+    window = _Window.of(cut.of_prompts, number, shape, shape.rows)
+    return window._replace(live=window.live & window.take(cut.prompt_used))
 
 
 def _prompt_stream(step: Step, shape: Sizes, ids: jax.Array, live: jax.Array) -> ragged.Stream:
@@ -323,6 +329,5 @@ def _prefill(step: Step, model: qwen3.Qwen3, window: _Window, chosen: tuple, sha
 
 def _prompt_kv(step: Step, prompts: jax.Array, floats: Floats) -> qwen3.PromptKV:
     k, v, _ = floats
-    ids = jnp.pad(prompts, (0, k.shape[1] - len(prompts)))
-    mask = step.batch.prompt_mask[ids]
+    mask = step.batch.prompt_mask[prompts]
     return qwen3.PromptKV(over_heads(k, 3), over_heads(v, 3), mask, mask.sum(-1, dtype=jnp.int32))

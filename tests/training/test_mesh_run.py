@@ -36,8 +36,8 @@ def run(trainer, steps=None):
 
 
 def assert_alike(got, want):
-    """Records up to rounding; without clocks, what a compiler counts and the slots of shards."""
-    own = {"seconds", "compiles", "unexpected_compiles", "useful_slot_steps", "ledger"}
+    """Records up to rounding; without clocks, what a compiler counts, the slots of shards and the padding of pieces."""
+    own = {"seconds", "compiles", "unexpected_compiles", "useful_slot_steps", "train_padding", "ledger"}
     for a, b in zip(got, want, strict=True):
         keys = set(b) - own
         assert set(a) - own == keys

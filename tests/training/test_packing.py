@@ -227,16 +227,18 @@ def test_prompts_go_in_several_pieces(case, monkeypatch):
     """Streams of one longest prompt's tokens, a prompt without a gradient in a piece of its own; responses in groups
     behind short prompts and in such behind any."""
     monkeypatch.setattr(packing, "PROMPT_TOKENS", 1)
-    batch = packed(case, BUCKETS)
-    of, shape = (
-        batch.pieces.of_rows,
-        packing.sizes(3, len(batch.tokens), 3, batch.tokens.shape[1], batch.prompts.shape[1]),
-    )
-    assert batch.pieces.of_prompts.number[0] > 1
-    assert {shape.groups[size][2] for size in of.size[0, : of.groups[0, of.number[0]]]} == {2, 6}
-    learner = step.Learner(case.model, make_optimiser(BUCKETS).init(case.model))
-    got = step.compiled_update()(jax.tree.map(jax.numpy.copy, learner), None, batch, BUCKETS, 1.0)
-    assert_same(got, trained(case, CONFIG, case.cut(CONFIG)))
+    config, plain = (dataclasses.replace(x, minibatches=2) for x in (BUCKETS, CONFIG))
+    batch = packed(case, config)
+    assert not batch.pieces.prompt_used.all()  # places of prompts that are filled up with another
+    of = batch.pieces.of_rows
+    each, longest, prompt = batch.pieces.rows.shape[2], batch.tokens.shape[1], batch.prompts.shape[1]
+    shape = packing.sizes(3, each, 3, longest, prompt)
+    assert batch.pieces.of_prompts.number.max() > 1
+    sizes = [size for m in range(2) for size in of.size[m, : of.groups[m, of.number[m]]]]
+    assert {shape.groups[size][2] for size in sizes} == {2, 6}
+    learner = step.Learner(case.model, make_optimiser(config).init(case.model))
+    got = step.compiled_update()(jax.tree.map(jax.numpy.copy, learner), None, batch, config, 1.0)
+    assert_same(got, trained(case, plain, case.cut(plain)))
 
 
 @pytest.mark.parametrize(
