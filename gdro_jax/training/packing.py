@@ -26,10 +26,8 @@ SHORTEST = 16  # the shortest length of attention is the longest's such part
 GROUPS = 4  # a group of rows takes about such a part of the piece's tokens
 TOKENS_PER_ROW = 16  # a piece has room for a row per so many tokens, or more rows where the longest row is short
 PROMPT_BUCKETS = 3  # of prompts' attention, which is little work: each length is one more shape to compile
-SHORT_PROMPT = (
-    4  # responses see the keys of L prompt tokens, or of such a part of L where no prompt of a group has more
-)
-RUNS = 4 / 3  # of prompts in streams, forward and backward: forward once more than responses
+SHORT_PROMPT = 4  # behind prompts of at most such a part of L, responses see no more keys than that
+RUNS = 4 / 3  # of prompts in streams, forward and backward: forward once more than responses, if all have a gradient
 PROMPT_TOKENS = 512  # of a prompts' piece where no prompt is longer: enough for products at full rate
 
 

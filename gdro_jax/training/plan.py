@@ -1,5 +1,6 @@
 """What a configuration's steps need, before anything runs: shapes, compile time, memory, FLOPs, roofline.
 
+Where prompts have a limit it is taken for the longest of them, which a run may find to be shorter: the most it needs.
 The update is compiled as the trainer compiles it, for the configuration's mesh, from shapes alone: no weights are read,
 and the devices may be a TPU slice that is not there (`chips.devices`). Memory is the compiler's own analysis, of one
 device. FLOPs are counted here, since the compiler counts the body of a loop over layers or microbatches once.

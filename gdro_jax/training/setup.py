@@ -349,7 +349,7 @@ def attention_kernel(config: ModelConfig, model: qwen3.Qwen3Config, device: jax.
 
 
 def longest_prompt(config: Config) -> int:
-    """Tokens that training prompts are padded to: at most `data.max_prompt_tokens`; without it those of the longest.
+    """What `data.max_prompt_tokens` allows, without reading any prompt; where it is not given, tokens of the longest.
 
     Raises:
       InputError, DataError, CheckpointError: with one clear line.
