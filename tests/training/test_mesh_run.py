@@ -85,8 +85,8 @@ def test_a_run_on_eight_devices_is_the_run_on_one(configure, launch, tmp_path):
         if folder == "exported":
             export(str(tmp_path / "spread"), str(tmp_path / "exported"))
         saved = hf.load(tmp_path / folder if folder == "exported" else tmp_path / "spread" / folder).arrays()
-        for name, array in trained.items():  # to 0.3 % of an update, Adam's of a gradient of any size
-            np.testing.assert_allclose(saved[name], array, rtol=1e-4, atol=3e-5)
+        for name, array in trained.items():  # to 1 % of an update, which is of one size for any gradient
+            np.testing.assert_allclose(saved[name], array, rtol=1e-4, atol=1e-4)
 
 
 @eight

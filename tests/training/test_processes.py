@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -78,14 +79,17 @@ class Pair:
             time.sleep(0.1)
 
     def ended(self, timeout=PATIENCE):
-        """Exit codes, lines of standard error and of standard output, without gloo's own."""
+        """Exit codes, lines of standard error and of standard output, without gloo's and the compiler's own."""
         try:
             said = [process.communicate(timeout=timeout) for process in self.running]
         finally:
             for process in self.running:
                 process.kill()
-        lines = [[line for line in error.splitlines() if "[Gloo]" not in line] for _, error in said]
-        printed = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in said]
+        own = re.compile(r"\[Gloo\]|^W\d{4} .*\bspmd_partitioner\.cc:")
+        printed, lines = (
+            [[line for line in text.splitlines() if not own.search(line)] for text in texts]
+            for texts in zip(*said, strict=True)
+        )
         return [process.returncode for process in self.running], lines, printed
 
 
