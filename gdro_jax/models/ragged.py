@@ -89,7 +89,7 @@ def extend(
       kv: of P prompts.
       of: where the rows lie.
       groups: every row with tokens in one of them.
-      shapes: of the groups; static. No prompt of a group has more tokens than the shape says; no keys behind are seen.
+      shapes: of the groups; static. A group that its shape does not hold, rows or their prompts, comes out as NaN.
     """
     mix = partial(_mix, (model.kernel, shapes))
 
@@ -130,6 +130,7 @@ def _mix(static: Static, arrays: Arrays, mask: jax.Array | None, of: Stream, gro
     def one(shape: Shape, group: jax.Array, out: jax.Array) -> jax.Array:
         found = _Group.find(shape, group, of, groups)
         mixed = found.attention(static[0], mask)(*found.take(arrays))
+        mixed = jnp.where(found.fits(shape, of, mask), mixed, jnp.nan)
         return out.at[found.place].set(mixed, mode="drop")
 
     return _loop(static[1], one, groups, jnp.zeros_like(arrays[0]))
@@ -188,6 +189,13 @@ class _Group(NamedTuple):
         return _Group(
             jnp.where(real, of.start[row][:, None] + steps, len(of.row)), real, of.prompt_index[row], shape[2]
         )
+
+    def fits(self, shape: Shape, of: Stream, mask: jax.Array | None) -> jax.Array:
+        """Whether the shape holds all tokens of the group's rows, and of what stands before them."""
+        row = of.row.at[self.place[:, 0]].get(mode="fill", fill_value=0)
+        here = self.real[:, 0]
+        short = jnp.where(here, of.length[row], 0).max() > shape[1]
+        return ~short if mask is None else ~(short | (here & mask[self.prompts, shape[2] :].any(-1)).any())
 
     def take_tokens(self, x: jax.Array) -> jax.Array:
         return x.at[self.place].get(mode="fill", fill_value=0)

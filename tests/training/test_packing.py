@@ -113,6 +113,15 @@ def test_a_stream_that_is_too_small_is_not_finite(case):
     short = packed(shorter(case, 1), BUCKETS)
     out = trained(case, BUCKETS, short._replace(mask=np.ones_like(short.mask)))
     assert float(out.metrics["skipped"]) > 0
+    batch = packed(case, BUCKETS)
+    of, lengths = batch.pieces.of_rows, len(packing.sizes(3, 12, 3, 5, 6).groups)
+    assert lengths % 2 == 0 and float(trained(case, BUCKETS, batch).metrics["skipped"]) == 0
+    for size in (
+        of.size // 2 * 2,
+        np.minimum(of.size, 1),
+    ):  # groups for short prompts alone, for the shortest rows alone
+        cut = batch.pieces._replace(of_rows=of._replace(size=size))
+        assert float(trained(case, BUCKETS, batch._replace(pieces=cut)).metrics["skipped"]) > 0
 
 
 @st.composite
