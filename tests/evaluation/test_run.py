@@ -75,6 +75,7 @@ def test_batching_changes_nothing(sampled):
     assert one[1].asked == many[1].asked  # filling rows are not graded
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_not_graded_again_and_changes_nothing(sampled, tiny_model, asked, tokenizer):
     """Rows as they finish, without those that are there already: the others are what they were, whoever is beside."""
     whole = {(r.problem, r.rank): r for r in rows_of(sampled[256][0])}

@@ -77,6 +77,7 @@ def test_a_run_whose_sampler_disagrees_does_not_start(configure, launch):
     assert unchecked.check_agreement() is None
 
 
+@pytest.mark.slow
 def test_segments_are_handed_to_the_grader_as_they_end(configure, launch):
     """Rows of an early segment are graded before sampling is over, on another thread; the grades are the same."""
     records = {}
