@@ -130,7 +130,7 @@ def _mix(static: Static, arrays: Arrays, mask: jax.Array | None, of: Stream, gro
     def one(shape: Shape, group: jax.Array, out: jax.Array) -> jax.Array:
         found = _Group.find(shape, group, of, groups)
         mixed = found.attention(static[0], mask)(*found.take(arrays))
-        mixed = jnp.where(found.fits(shape, of, mask), mixed, jnp.nan)
+        mixed = jnp.where(found.fits(mask), mixed, jnp.nan)
         return out.at[found.place].set(mixed, mode="drop")
 
     return _loop(static[1], one, groups, jnp.zeros_like(arrays[0]))
@@ -149,7 +149,7 @@ def _backward(static: Static, saved: tuple, bar: jax.Array) -> tuple:
         bars = back(found.take_tokens(bar))
         put = (total.at[found.place].set(x, mode="drop") for total, x in zip(sums[:3], bars[:3], strict=True))
         shared = (
-            total.at[found.prompts, : shape[2]].add(x.astype(total.dtype))
+            total.at[found.prompts, : found.before].add(x.astype(total.dtype))
             for total, x in zip(sums[3:], bars[3:], strict=True)
         )
         return *put, *shared
@@ -172,12 +172,14 @@ def _loop(shapes: Shapes, one, groups: Groups, start):
 
 
 class _Group(NamedTuple):
-    """A group's rows, padded to its shape: place int32[rows, tokens] in the stream, N where there is none."""
+    """A group's rows, padded to its shape: place int32[rows, tokens] in the stream, N where there is none; `whole` says
+    whether no row has more tokens."""
 
     place: jax.Array
     real: jax.Array
     prompts: jax.Array
     before: int
+    whole: jax.Array
 
     @staticmethod
     def find(shape: Shape, group: jax.Array, of: Stream, groups: Groups) -> "_Group":
@@ -186,16 +188,14 @@ class _Group(NamedTuple):
         count = jnp.where(wanted < groups.last[group], of.length[row], 0)
         steps = jnp.arange(shape[1])
         real = steps < count[:, None]
-        return _Group(
-            jnp.where(real, of.start[row][:, None] + steps, len(of.row)), real, of.prompt_index[row], shape[2]
-        )
+        place = jnp.where(real, of.start[row][:, None] + steps, len(of.row))
+        return _Group(place, real, of.prompt_index[row], shape[2], (count <= shape[1]).all())
 
-    def fits(self, shape: Shape, of: Stream, mask: jax.Array | None) -> jax.Array:
+    def fits(self, mask: jax.Array | None) -> jax.Array:
         """Whether the shape holds all tokens of the group's rows, and of what stands before them."""
-        row = of.row.at[self.place[:, 0]].get(mode="fill", fill_value=0)
-        here = self.real[:, 0]
-        short = jnp.where(here, of.length[row], 0).max() > shape[1]
-        return ~short if mask is None else ~(short | (here & mask[self.prompts, shape[2] :].any(-1)).any())
+        if mask is None:
+            return self.whole
+        return self.whole & ~(self.real[:, 0] & mask[self.prompts, self.before :].any(-1)).any()
 
     def take_tokens(self, x: jax.Array) -> jax.Array:
         return x.at[self.place].get(mode="fill", fill_value=0)

@@ -237,8 +237,7 @@ def _prompts(step: Step, model: qwen3.Qwen3, cut: Packed) -> Floats:
     shape = step.prompt_sizes(cut)
 
     def add(number: jax.Array, floats: Floats) -> Floats:
-        window = _prompt_window(cut, number, shape)
-        chosen = (window.take(cut.prompts), window.place, window.live)
+        window, chosen = _prompt_window(cut, number, shape)
 
         def shard(given: tuple) -> Floats:
             (k, v, last), new, chosen = given
@@ -268,8 +267,7 @@ def _prompts_gradient(
         return k, v, last.at[prompts].get(mode="fill", fill_value=0)
 
     def add(number: jax.Array, grad: Any) -> Any:
-        window = _prompt_window(cut, number, shape)
-        chosen = (window.take(cut.prompts), window.place, window.live)
+        window, chosen = _prompt_window(cut, number, shape)
 
         def with_gradient(grad: Any) -> Any:
             def states(trained: piece.Trained) -> Floats:
@@ -294,10 +292,11 @@ def _moving_prompts(step: Step, cut: Packed) -> jax.Array:
     return jnp.zeros(cut.prompts.shape, bool).at[shard, cut.local_index].max(rows)
 
 
-def _prompt_window(cut: Packed, number: jax.Array, shape: Sizes) -> _Window:
-    """A piece of prompts; what `cut.prompts` is filled up with is not there."""
+def _prompt_window(cut: Packed, number: jax.Array, shape: Sizes) -> tuple[_Window, tuple[jax.Array, ...]]:
+    """A piece of prompts, and its ids, places and which are there: not what `cut.prompts` is filled up with."""
     window = _Window.of(cut.of_prompts, number, shape, shape.rows)
-    return window._replace(live=window.live & window.take(cut.prompt_used))
+    window = window._replace(live=window.live & window.take(cut.prompt_used))
+    return window, (window.take(cut.prompts), window.place, window.live)
 
 
 def _prompt_stream(step: Step, shape: Sizes, ids: jax.Array, live: jax.Array) -> ragged.Stream:

@@ -330,10 +330,11 @@ def _groups(lengths: np.ndarray, before: np.ndarray, shape: Sizes) -> list[tuple
     for _, length, width in shape.groups:
         over = np.where((lengths[:rows] > length) | (before[:rows] > width), np.arange(rows), rows)
         reach.append(np.minimum.accumulate(over[::-1])[::-1].tolist())
-    best, chosen = [0] * (rows + 1), [[0, 0]] * rows
+    best, chosen = [0] * (rows + 1), [(0, 0)] * rows
     for i in range(rows - 1, -1, -1):
         stops = ((b, min(reach[b][i], i + count)) for b, (count, _, _) in enumerate(shape.groups))
-        best[i], *chosen[i] = min((cost[b] + best[stop], b, stop) for b, stop in stops if stop > i)
+        best[i], b, stop = min((cost[b] + best[stop], b, stop) for b, stop in stops if stop > i)
+        chosen[i] = b, stop
     out, i = [], 0
     while i < rows:
         b, stop = chosen[i]

@@ -73,6 +73,7 @@ def test_a_run_on_eight_devices_is_the_run_on_one(configure, launch, tmp_path):
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "stratum": "ab"[i % 2]} for i in range(3)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = (*JOINT, "train.microbatches=2", f"eval.data={file}", "eval.samples=2", "eval.k=2", "run.steps=2")
+    more += ("train.adam_eps=0.001",)  # else a gradient of rounding's own size moves a parameter as far as any
     alone = launch(configure(*more, output="alone"))
     tokens, records = run(alone)
     spread = launch(configure(*more, *MESH, "run.save_model=true", output="spread"))
@@ -86,10 +87,7 @@ def test_a_run_on_eight_devices_is_the_run_on_one(configure, launch, tmp_path):
             export(str(tmp_path / "spread"), str(tmp_path / "exported"))
         saved = hf.load(tmp_path / folder if folder == "exported" else tmp_path / "spread" / folder).arrays()
         for name, array in trained.items():
-            apart = np.abs(np.asarray(saved[name]) - np.asarray(array))
-            far = apart > 1e-5 + 1e-4 * np.abs(array)
-            # Adam moves a gradient of rounding's own size as far as any: 0.01 a step, the rate.
-            assert far.mean() < 0.002 and apart.max() < 1e-3, (name, far.sum(), apart.max())
+            np.testing.assert_allclose(saved[name], array, rtol=1e-4, atol=1e-5)
 
 
 @eight

@@ -114,8 +114,8 @@ def test_a_stream_that_is_too_small_is_not_finite(case):
     out = trained(case, BUCKETS, short._replace(mask=np.ones_like(short.mask)))
     assert float(out.metrics["skipped"]) > 0
     batch = packed(case, BUCKETS)
-    of, lengths = batch.pieces.of_rows, len(packing.sizes(3, 12, 3, 5, 6).groups)
-    assert lengths % 2 == 0 and float(trained(case, BUCKETS, batch).metrics["skipped"]) == 0
+    of, shape = batch.pieces.of_rows, packing.sizes(3, 12, 3, 5, 6)
+    assert len(shape.groups) % 2 == 0 and float(trained(case, BUCKETS, batch).metrics["skipped"]) == 0
     for size in (
         of.size // 2 * 2,
         np.minimum(of.size, 1),
@@ -224,9 +224,8 @@ def test_padding_by_hand():
     found, prompts = packing.padding(cut, train, lengths, before, 9, 4)
     assert found == (18, real[0], 2 * 8 * 12, real[1])  # one piece, two groups
     cut = packing.pack(rows, lengths, np.array([3, 3, 1, 1]), np.zeros(4, bool), shape, 1, 4)
-    assert (
-        packing.padding(cut, train, lengths, before, 9, 4)[0].pairs == 8 * 12 + 8 * 9
-    )  # the last row's prompt is short
+    shorter, _ = packing.padding(cut, train, lengths, before, 9, 4)
+    assert shorter.pairs == 8 * 12 + 8 * 9  # the last row's prompt is short
     assert prompts == (16, 4 * 3, 4 * 4 * 4, 4 * 6)  # one piece, a group a prompt
     assert 0 < found.share(1.0, 1.0) < 1
     np.testing.assert_allclose(packing.share(cut, train, *of), 1 - (12 + 4 / 3 * 12) / (18 + 4 / 3 * 16))

@@ -39,11 +39,8 @@ def test_shapes_and_flops_by_hand():
 def test_shapes_and_flops_with_length_buckets():
     config = configured("train.length_buckets=2", "sampling.max_new_tokens=33")
     shape = plan.shapes(config, 8)
-    assert (
-        shape.packed == (132, 8, ((8, 2, 2), (8, 2, 8), (1, 32, 2), (1, 32, 8)))
-        and shape.piece_prompts == 4
-        and shape.pieces == 2
-    )
+    assert shape.packed == (132, 8, ((8, 2, 2), (8, 2, 8), (1, 32, 2), (1, 32, 8)))
+    assert shape.piece_prompts == 4 and shape.pieces == 2
     tiny = qwen3.Qwen3Config(
         vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
     )
@@ -118,9 +115,8 @@ def test_the_command_compiles_the_step_for_this_device(tiny_folder, capsys):
     fields = [word for pair in (*SMALL, f"model.path={tiny_folder}") for word in [f"--{pair}"]]
     assert main(["plan", *fields]) == 0
     out = capsys.readouterr().out
-    assert (
-        "4 prompts of at most 8 tokens, 8 rows of 3 tokens" in out and "4 rows, 2 prompts; 1 updates of 2 pieces" in out
-    )
+    assert "4 prompts of at most 8 tokens, 8 rows of 3 tokens" in out
+    assert "4 rows, 2 prompts; 1 updates of 2 pieces" in out
     assert (
         jax.devices()[0].device_kind in out
         and "measured just now" in out

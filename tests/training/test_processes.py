@@ -85,7 +85,7 @@ class Pair:
         finally:
             for process in self.running:
                 process.kill()
-        own = re.compile(r"\[Gloo\]|^W\d{4} .*\bspmd_partitioner\.cc:")
+        own = re.compile(r"\[Gloo\]|spmd_partitioner\.cc:.*Involuntary full rematerialization")
         printed, lines = (
             [[line for line in text.splitlines() if not own.search(line)] for text in texts]
             for texts in zip(*said, strict=True)
