@@ -56,7 +56,7 @@ def choose(asked: str, platform: str, head_dim: int, dtype: str) -> str:
     raise ValueError(f"attention={asked!r}: {why}; auto takes what can run")
 
 
-def causal(kernel: str, real: jax.Array, before: jax.Array | None = None, *, remade: bool = False) -> Attend:
+def causal(kernel: str, real: jax.Array, before: jax.Array | None = None) -> Attend:
     """Attention in which query i sees what stands before it, and of its own sequence's keys those up to i.
 
     Made once for all layers: what depends on masks alone is worked out here.
@@ -65,8 +65,6 @@ def causal(kernel: str, real: jax.Array, before: jax.Array | None = None, *, rem
       kernel: one of `KERNELS`, or `INTERPRETED`.
       real: bool[N, S], tokens that are not padding, of queries and their own keys alike; padding may stand anywhere.
       before: bool[N, B], the same of keys that all queries of a sequence see; None where there are none.
-      remade: the gradient makes all again and keeps nothing from forward to backward. One that is taken inside
-        `jax.vmap` over a mesh must: what a split kernel keeps cannot be mapped over.
 
     Returns:
       A function of q [N, S, H, C], k and v [N, S, K, C] and, where `before` is given, a pair of [N, B, K, C] to
@@ -75,7 +73,7 @@ def causal(kernel: str, real: jax.Array, before: jax.Array | None = None, *, rem
     if kernel == "xla":
         return _xla(real, before)
     seen = real if before is None else jnp.concatenate([before, real], axis=1)
-    flash = _packed(seen, real.shape[1]) if kernel == "cudnn" else _splash(seen, kernel == INTERPRETED, remade)
+    flash = _packed(seen, real.shape[1]) if kernel == "cudnn" else _splash(seen, kernel == INTERPRETED)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Pair | None = None) -> jax.Array:
         if prefix is not None:
@@ -125,7 +123,7 @@ def _where(real: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(real[:, :, None, None], x, 0)
 
 
-def _splash(seen: jax.Array, interpret: bool, remade: bool) -> Attend:
+def _splash(seen: jax.Array, interpret: bool) -> Attend:
     """On a mesh (`jax.set_mesh`, or inside `jax.shard_map`) every device attends its own heads.
 
     Sequences of several devices come through `jax.vmap` with `spmd_axis_name`, whose axes are taken before these.
@@ -141,17 +139,7 @@ def _splash(seen: jax.Array, interpret: bool, remade: bool) -> Attend:
         heads = TENSOR_AXIS if TENSOR_AXIS in free and k.shape[2] % mesh.shape[TENSOR_AXIS] == 0 else None
         spec = jax.P(None, None, heads, None)
         split = functools.partial(jax.shard_map, axis_names=free, check_vma=False)
-        whole = split(local, in_specs=(spec, spec, spec, jax.P()), out_specs=spec)
-        if not remade:
-            return whole(q, k, v, seen)
-        again = jax.custom_vjp(whole)
-
-        def gradient(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, bar: jax.Array) -> tuple:
-            return jax.vjp(lambda q, k, v: local(q, k, v, seen), q, k, v)[1](bar)
-
-        back = split(gradient, in_specs=(spec, spec, spec, jax.P(), spec), out_specs=(spec, spec, spec))
-        again.defvjp(lambda *given: (whole(*given), given), lambda given, bar: (*back(*given, bar), None))
-        return again(q, k, v, seen)
+        return split(local, in_specs=(spec, spec, spec, jax.P()), out_specs=spec)(q, k, v, seen)
 
     return flash
 

@@ -48,7 +48,7 @@ class Qwen3(nnx.Module):
       remat: what the backward pass finds kept of a block's forward pass (static): `none` keeps what products and
         attention take and give, `products` the results of matrix products with weights, `block` the block's input
         alone; the rest is made again. It changes no result.
-      kernel: of attention over whole prompts and responses (static), as `attention.choose` gives it.
+      kernel: of attention over padded prompts and responses (static), as `attention.choose` gives it.
       adapters: low-rank changes of some of the matrices, None for none.
 
     Raises:

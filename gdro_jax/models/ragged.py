@@ -1,9 +1,11 @@
 """Rows end to end in one stream of tokens: `qwen3.prefill` and `qwen3.extend` without padding.
 
-Everything but attention works on the stream itself. Attention takes rows in groups, each of one of a few compiled
-shapes; which groups there are is data, so the loop over them is dynamic, and its gradient is a second such loop that
-makes each group's attention again (as `recompute` does within one).
-Letters: N tokens of the stream, n rows, g groups, P prompts, L prompt tokens, H heads, K KV heads, C head size.
+Everything but attention works on the stream itself. Attention goes in tiles of one compiled shape: tokens of a row
+against keys of that row, or of the prompt before it, a few tiles at a time. Which tiles there are follows from rows'
+lengths, and how many keys a block of them meets is data, so no lengths compile anything. The softmax is made as keys
+come, and its gradient makes the weights again, as flash attention does (arXiv 2205.14135, algorithms 1 and 4).
+Letters: N tokens of the stream, n rows, P prompts, L prompt tokens, H heads, K KV heads, A = H / K, C head size,
+B tokens of a tile, G tiles of a block, X blocks, D width.
 """
 
 from functools import partial
@@ -11,28 +13,25 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gdro_jax.models import attention, qwen3
+from gdro_jax import precision
+from gdro_jax.models import qwen3
 
-Shape = tuple[int, int, int]  # of a group: rows, tokens a row, and keys of the prompt before each
-Shapes = tuple[Shape, ...]
-Grads = tuple[jax.Array, ...]
+_product = precision.einsum
+
+MASKED, LOWEST = -1e30, -1e20  # of scores, and of what their maximum starts at: a masked one weighs exactly 0
 
 
-class Groups(NamedTuple):
-    """Rows that attention takes together.
+class Tiling(NamedTuple):
+    """The compiled shape of attention: B queries against B keys, G such tiles at a time; static."""
 
-    Attributes:
-      first, last: int32[g], a group holds the rows first <= i < last.
-      size: int32[g], its shape as a position in the tuple of `Shape` that the program was compiled for.
-      begin, end: int32[], the groups begin <= i < end are run.
-    """
+    tokens: int
+    together: int
 
-    first: jax.Array
-    last: jax.Array
-    size: jax.Array
-    begin: jax.Array
-    end: jax.Array
+    def blocks(self, tokens: int, rows: int) -> int:
+        """X that a stream of so many rows may need."""
+        return -(-(tokens // self.tokens + rows) // self.together)
 
 
 class Stream(NamedTuple):
@@ -63,23 +62,23 @@ def stream(length: jax.Array, prompt_index: jax.Array, tokens: int) -> Stream:
 
 
 def prefill(
-    model: qwen3.Qwen3, tokens: jax.Array, of: Stream, groups: Groups, shapes: Shapes
+    model: qwen3.Qwen3, tokens: jax.Array, of: Stream, steps: jax.Array, tiling: Tiling
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys and values [layers, N, K, C], and each prompt's last final hidden state [n, D]; see `qwen3.prefill`.
 
     Args: those of `extend`, of prompts.
     """
-    mix = partial(_mix, (model.kernel, shapes))
+    tiles = _Tiles.of(of, None, steps, tiling)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, _: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return mix((q, k, v), None, of, groups), (k, v)
+        return _mix(tiling, (q, k, v), tiles), (k, v)
 
     x, (k, v) = _blocks(model, tokens, of, of.step, run, ())
     return k, v, qwen3.final_norm(model, x[of.start + jnp.maximum(of.length - 1, 0)])
 
 
 def extend(
-    model: qwen3.Qwen3, tokens: jax.Array, kv: qwen3.PromptKV, of: Stream, groups: Groups, shapes: Shapes
+    model: qwen3.Qwen3, tokens: jax.Array, kv: qwen3.PromptKV, of: Stream, steps: jax.Array, tiling: Tiling
 ) -> jax.Array:
     """Final hidden states [N, D]; see `qwen3.extend`. What stands where the stream is empty is finite and meaningless.
 
@@ -88,13 +87,14 @@ def extend(
       tokens: int32[N], the stream.
       kv: of P prompts.
       of: where the rows lie.
-      groups: every row with tokens in one of them.
-      shapes: of the groups; static. A group that its shape does not hold, rows or their prompts, comes out as NaN.
+      steps: int32[X, 2], of `key_tiles`, or more: where a tile needs more, all comes out as NaN.
+      tiling: static.
     """
-    mix = partial(_mix, (model.kernel, shapes))
+    tiles = _Tiles.of(of, kv, steps, tiling)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, shared: tuple) -> tuple[jax.Array, None]:
-        return mix((q, k, v, *shared), kv.mask, of, groups), None
+        shared = tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % tiling.tokens), (0, 0), (0, 0))) for x in shared)
+        return _mix(tiling, (q, k, v, *shared), tiles), None
 
     position = kv.length[of.prompt_index][of.row] + of.step
     x, _ = _blocks(model, tokens, of, position, run, (kv.k, kv.v))
@@ -119,91 +119,255 @@ def _blocks(model: qwen3.Qwen3, tokens: jax.Array, of: Stream, position: jax.Arr
     return x[0], kept
 
 
-Static = tuple[str, Shapes]  # the kernel, and the groups' shapes
+class _Tiles(NamedTuple):
+    """The stream's tiles, those that meet most keys first, X G of them.
+
+    Of a tile that is not there all counts are 0. It may start behind the stream's end: what it reads is some other
+    window, what it adds is 0, or nothing.
+
+    Attributes:
+      row_start, step, left: int32[X G], its row's first token in the stream, which of the row's tiles it is, and how
+        many tokens it has.
+      prompt, before: int32[X G], of its row, and the prompt's tokens.
+      steps: int32[X, 2], tiles of keys that each block meets: of prompts, and of its rows.
+      whole: bool[], whether no tile of a block needs more.
+    """
+
+    row_start: jax.Array
+    step: jax.Array
+    left: jax.Array
+    prompt: jax.Array
+    before: jax.Array
+    steps: jax.Array
+    whole: jax.Array
+
+    @staticmethod
+    def of(stream: Stream, kv: qwen3.PromptKV | None, steps: jax.Array, tiling: Tiling) -> "_Tiles":
+        size, together = tiling
+        most = tiling.blocks(len(stream.row), len(stream.length)) * together
+        count = -(-stream.length // size)
+        ends, place = jnp.cumsum(count), jnp.arange(most)
+        row = jnp.minimum(jnp.searchsorted(ends, place, side="right"), len(count) - 1)
+        there = place < ends[-1]
+        step = place - (ends - count)[row]
+        before = jnp.zeros_like(row) if kv is None else kv.length[stream.prompt_index[row]]
+        keys = jnp.where(there, jnp.stack([-(-before // size), step + 1]), 0)
+        order = jnp.lexsort((-keys[1], -keys[0]))
+        needed = keys[:, order].reshape(2, -1, together).max(-1)
+        row, step, there, before = (x[order] for x in (row, step, there, before))
+        left = jnp.where(there, jnp.clip(stream.length[row] - step * size, 0, size), 0)
+        prompt = jnp.zeros_like(row) if kv is None else stream.prompt_index[row]
+        behind = prompt, jnp.where(there, before, 0)
+        return _Tiles(stream.start[row], step, left, *behind, steps, (needed <= steps.T).all())
+
+    def block(self, number: jax.Array, together: int) -> "_Tiles":
+        """Its tiles alone."""
+        names = ("row_start", "step", "left", "prompt", "before")
+        first = number * together
+        cut = {name: jax.lax.dynamic_slice_in_dim(getattr(self, name), first, together) for name in names}
+        return self._replace(**cut, steps=self.steps[number])
+
+    def used(self) -> jax.Array:
+        """Blocks that have tiles; they come first."""
+        return (self.steps[:, 1] > 0).sum()
+
+    def start(self, size: int) -> jax.Array:
+        return self.row_start + self.step * size
+
+
+def key_tiles(lengths: np.ndarray, before: np.ndarray, tiling: Tiling, blocks: int) -> np.ndarray:
+    """Tiles of keys int32[X, 2] that each block meets, of prompts and of its rows: the most of any shard.
+
+    Args:
+      lengths, before: int[S, n], tokens of each row and of the prompt before it.
+    """
+    size, together = tiling
+    count = -(-lengths // size)
+    most = np.zeros((len(lengths), blocks * together, 2), np.int32)
+    for keys, own, prompts in zip(most, count, -(-before // size), strict=True):
+        steps = np.concatenate([np.arange(1, many + 1) for many in own])
+        ahead = np.repeat(prompts, own)
+        order = np.lexsort((-steps, -ahead))
+        keys[: len(order)] = np.stack([ahead[order], steps[order]], axis=1)
+    return most.reshape(-1, blocks, together, 2).max((0, 2))
+
+
 Arrays = tuple[jax.Array, ...]  # q [N, H, C], k and v [N, K, C]; of responses the prompts' k and v [P, L, K, C], too
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mix(static: Static, arrays: Arrays, mask: jax.Array | None, of: Stream, groups: Groups) -> jax.Array:
-    """Attention of the stream, [N, H, C]; mask bool[P, L] of the prompts before it, None where there are none."""
-
-    def one(shape: Shape, group: jax.Array, out: jax.Array) -> jax.Array:
-        found = _Group.find(shape, group, of, groups)
-        mixed = found.attention(static[0], mask)(*found.take(arrays))
-        mixed = jnp.where(found.fits(mask), mixed, jnp.nan)
-        return out.at[found.place].set(mixed, mode="drop")
-
-    return _loop(static[1], one, groups, jnp.zeros_like(arrays[0]))
+def _mix(tiling: Tiling, arrays: Arrays, tiles: _Tiles) -> jax.Array:
+    """Attention of the stream, [N, H, C]."""
+    return _forward(tiling, arrays, tiles)[0]
 
 
-def _forward(static: Static, *given) -> tuple[jax.Array, tuple]:
-    return _mix(static, *given), given
+def _forward(tiling: Tiling, arrays: Arrays, tiles: _Tiles) -> tuple[jax.Array, tuple]:
+    q, k, v = _padded(tiling, arrays)
+    kv_heads = k.shape[1]
+
+    def block(number: jax.Array, carry: tuple) -> tuple:
+        some = tiles.block(number, tiling.together)
+        queries = _queries(_windows(q, some.start(tiling.tokens), tiling.tokens), kv_heads)
+        state = jnp.full(queries.shape[:-1], LOWEST), jnp.zeros(queries.shape[:-1]), jnp.zeros(queries.shape)
+
+        def add(state: tuple, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple:
+            top, total, out = state
+            scores = _scores(queries, key, mask)
+            higher = jnp.maximum(top, scores.max(-1))
+            weights, less = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+            more = _product("gkau,gukc->gkac", weights.astype(value.dtype), value)
+            return higher, total * less + weights.sum(-1), out * less[..., None] + more
+
+        def behind(step: jax.Array, state: tuple) -> tuple:
+            own = _own(some, step, tiling)
+            return add(state, _windows(k, own.start, tiling.tokens), _windows(v, own.start, tiling.tokens), own.mask)
+
+        def ahead(step: jax.Array, state: tuple) -> tuple:
+            key, value = (_prompt_tile(x, some.prompt, step, tiling.tokens) for x in arrays[3:])
+            return add(state, key, value, _prompt_mask(some, step, tiling))
+
+        if len(arrays) > 3:
+            state = jax.lax.fori_loop(0, some.steps[0], ahead, state)
+        top, total, out = jax.lax.fori_loop(0, some.steps[1], behind, state)
+        total = jnp.maximum(total, 1e-37)
+        real = _real(some, tiling)
+        out = jnp.where(real[..., None, None], _tokens(out / total[..., None], tiling.tokens), 0)
+        logsum = jnp.where(real[..., None], _tokens((top + jnp.log(total))[..., None], tiling.tokens)[..., 0], 0)
+        start = some.start(tiling.tokens)
+        return _add_windows(carry[0], start, out.astype(q.dtype)), _add_windows(carry[1], start, logsum)
+
+    blank = jnp.zeros_like(q), jnp.zeros(q.shape[:2], jnp.float32)
+    out, logsum = jax.lax.fori_loop(0, tiles.used(), block, blank)
+    out = jnp.where(tiles.whole, out[: len(arrays[0])], jnp.nan)
+    return out, (arrays, tiles, out, logsum)
 
 
-def _backward(static: Static, saved: tuple, bar: jax.Array) -> tuple:
-    arrays, mask, of, groups = saved
+def _backward(tiling: Tiling, saved: tuple, bar: jax.Array) -> tuple:
+    arrays, tiles, out, logsum = saved
+    q, k, v = _padded(tiling, arrays)
+    (bar_padded,) = _padded(tiling, (bar,))
+    kv_heads, (_, heads, size) = k.shape[1], q.shape
+    delta = (bar.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    delta = jnp.pad(delta, ((0, tiling.tokens), (0, 0)))
 
-    def one(shape: Shape, group: jax.Array, sums: Grads) -> Grads:
-        found = _Group.find(shape, group, of, groups)
-        _, back = jax.vjp(found.attention(static[0], mask), *found.take(arrays))
-        bars = back(found.take_tokens(bar))
-        put = (total.at[found.place].set(x, mode="drop") for total, x in zip(sums[:3], bars[:3], strict=True))
-        shared = (
-            total.at[found.prompts, : found.before].add(x.astype(total.dtype))
-            for total, x in zip(sums[3:], bars[3:], strict=True)
-        )
-        return *put, *shared
+    def block(number: jax.Array, sums: tuple) -> tuple:
+        some = tiles.block(number, tiling.together)
+        start, real = some.start(tiling.tokens), _real(some, tiling)
+        queries, bars = (_queries(_windows(x, start, tiling.tokens), kv_heads) for x in (q, bar_padded))
+        shift, slope = (_queries(_windows(x, start, tiling.tokens)[..., None], kv_heads) for x in (logsum, delta))
+        seen = _queries(jnp.broadcast_to(real[..., None, None], (*real.shape, heads, 1)), kv_heads)
 
-    zeros = [jnp.zeros_like(x) for x in arrays[:3]] + [jnp.zeros(x.shape, jnp.float32) for x in arrays[3:]]
-    sums = _loop(static[1], one, groups, tuple(zeros))
-    return tuple(x.astype(like.dtype) for x, like in zip(sums, arrays, strict=True)), None, None, None
+        def grads(key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple:
+            weights = jnp.where(seen, jnp.exp(_scores(queries, key, mask) - shift), 0)
+            value_bar = _product("gkau,gkac->gukc", weights.astype(bar.dtype), bars)
+            scores_bar = weights * (_product("gkac,gukc->gkau", bars, value) - slope) * size**-0.5
+            scores_bar = scores_bar.astype(q.dtype)
+            return (
+                _product("gkau,gukc->gkac", scores_bar, key),
+                _product("gkau,gkac->gukc", scores_bar, queries),
+                value_bar,
+            )
+
+        def behind(step: jax.Array, carry: tuple) -> tuple:
+            of_queries, of_keys, of_values, *rest = carry
+            own = _own(some, step, tiling)
+            more = grads(_windows(k, own.start, tiling.tokens), _windows(v, own.start, tiling.tokens), own.mask)
+            return (
+                of_queries + more[0], _add_windows(of_keys, own.start, more[1]),
+                _add_windows(of_values, own.start, more[2]), *rest,
+            )  # fmt: skip
+
+        def ahead(step: jax.Array, carry: tuple) -> tuple:
+            of_queries, of_keys, of_values, *shared = carry
+            key, value = (_prompt_tile(x, some.prompt, step, tiling.tokens) for x in arrays[3:])
+            of_query, *more = grads(key, value, _prompt_mask(some, step, tiling))
+            shared = [_add_prompt_tile(total, some.prompt, step, x) for total, x in zip(shared, more, strict=True)]
+            return of_queries + of_query, of_keys, of_values, *shared
+
+        carry = jnp.zeros(queries.shape), *sums[1:]
+        if len(arrays) > 3:
+            carry = jax.lax.fori_loop(0, some.steps[0], ahead, carry)
+        of_queries, *rest = jax.lax.fori_loop(0, some.steps[1], behind, carry)
+        of_queries = jnp.where(real[..., None, None], _tokens(of_queries, tiling.tokens), 0)
+        return _add_windows(sums[0], start, of_queries), *rest
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v, *arrays[3:]))
+    found = jax.lax.fori_loop(0, tiles.used(), block, zeros)
+    cut = (*(x[: len(bar)] for x in found[:3]), *found[3:])
+    return tuple(x.astype(like.dtype) for x, like in zip(cut, arrays, strict=True)), None
 
 
 _mix.defvjp(_forward, _backward)
 
 
-def _loop(shapes: Shapes, one, groups: Groups, start):
-    """`one(shape, group, carry)` of every group in turn."""
+class _Own(NamedTuple):
+    """A tile of keys of each of a block's rows: where it starts in the stream, and mask bool[G, B, B] of queries."""
 
-    def body(group: jax.Array, carry):
-        return jax.lax.switch(groups.size[group], [partial(one, shape) for shape in shapes], group, carry)
-
-    return jax.lax.fori_loop(groups.begin, groups.end, body, start)
+    start: jax.Array
+    mask: jax.Array
 
 
-class _Group(NamedTuple):
-    """A group's rows, padded to its shape: place int32[rows, tokens] in the stream, N where there is none; `whole` says
-    whether no row has more tokens."""
+def _own(some: _Tiles, step: jax.Array, tiling: Tiling) -> _Own:
+    place = jnp.arange(tiling.tokens)
+    key, query = step * tiling.tokens + place, some.step[:, None] * tiling.tokens + place
+    start = jnp.where(step <= some.step, some.row_start + step * tiling.tokens, some.row_start)  # inside the stream
+    return _Own(start, key[None, None, :] <= query[:, :, None])
 
-    place: jax.Array
-    real: jax.Array
-    prompts: jax.Array
-    before: int
-    whole: jax.Array
 
-    @staticmethod
-    def find(shape: Shape, group: jax.Array, of: Stream, groups: Groups) -> "_Group":
-        wanted = groups.first[group] + jnp.arange(shape[0])
-        row = jnp.minimum(wanted, len(of.length) - 1)
-        count = jnp.where(wanted < groups.last[group], of.length[row], 0)
-        steps = jnp.arange(shape[1])
-        real = steps < count[:, None]
-        place = jnp.where(real, of.start[row][:, None] + steps, len(of.row))
-        return _Group(place, real, of.prompt_index[row], shape[2], (count <= shape[1]).all())
+def _prompt_mask(some: _Tiles, step: jax.Array, tiling: Tiling) -> jax.Array:
+    seen = step * tiling.tokens + jnp.arange(tiling.tokens) < some.before[:, None]
+    return jnp.broadcast_to(seen[:, None, :], (len(seen), tiling.tokens, tiling.tokens))
 
-    def fits(self, mask: jax.Array | None) -> jax.Array:
-        """Whether the shape holds all tokens of the group's rows, and of what stands before them."""
-        if mask is None:
-            return self.whole
-        return self.whole & ~(self.real[:, 0] & mask[self.prompts, self.before :].any(-1)).any()
 
-    def take_tokens(self, x: jax.Array) -> jax.Array:
-        return x.at[self.place].get(mode="fill", fill_value=0)
+def _real(some: _Tiles, tiling: Tiling) -> jax.Array:
+    """Which of the tiles' places have a token, bool[G, B]."""
+    return jnp.arange(tiling.tokens) < some.left[:, None]
 
-    def take(self, arrays: Arrays) -> Arrays:
-        return *(self.take_tokens(x) for x in arrays[:3]), *(x[self.prompts, : self.before] for x in arrays[3:])
 
-    def attention(self, kernel: str, mask: jax.Array | None):
-        before = None if mask is None else mask[self.prompts, : self.before]
-        causal = attention.causal(kernel, self.real, before, remade=True)
-        return lambda q, k, v, *shared: causal(q, k, v, shared or None)
+def _padded(tiling: Tiling, arrays: Arrays) -> Arrays:
+    """The stream's arrays with a tile behind the end, so that no window of a tile that is there is moved to fit."""
+    return tuple(jnp.pad(x, ((0, tiling.tokens), (0, 0), (0, 0))) for x in arrays[:3])
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32[G, K, A B, B] of queries [G, K, A B, C] and keys [G, B, K, C], masked."""
+    scores = _product("gkac,gukc->gkau", q, k) * q.shape[-1] ** -0.5
+    together, kv_heads, _, size = scores.shape
+    grouped = scores.reshape(together, kv_heads, -1, size, size)
+    return jnp.where(mask[:, None, None], grouped, MASKED).reshape(scores.shape)
+
+
+def _queries(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[G, B, H, ...] as [G, K, A B, ...]."""
+    together, size, _, last = x.shape
+    return x.reshape(together, size, kv_heads, -1, last).transpose(0, 2, 3, 1, 4).reshape(together, kv_heads, -1, last)
+
+
+def _tokens(x: jax.Array, size: int) -> jax.Array:
+    """Back: [G, K, A B, C] as [G, B, H, C]."""
+    together, kv_heads, _, last = x.shape
+    return x.reshape(together, kv_heads, -1, size, last).transpose(0, 3, 1, 2, 4).reshape(together, size, -1, last)
+
+
+def _windows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """[G, B, ...] of the stream from each start int32[G] on."""
+    return jax.vmap(lambda first: jax.lax.dynamic_slice_in_dim(x, first, size))(start)
+
+
+def _add_windows(x: jax.Array, start: jax.Array, windows: jax.Array) -> jax.Array:
+    """The stream with windows [G, B, ...] added from each start on; they may overlap."""
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, windows.ndim)), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
+    )
+    return jax.lax.scatter_add(x, start[:, None], windows.astype(x.dtype), numbers)
+
+
+def _prompt_tile(x: jax.Array, prompt: jax.Array, step: jax.Array, size: int) -> jax.Array:
+    """Tile [G, B, K, C] of the prompts' keys or values [P, L, K, C]."""
+    return jax.lax.dynamic_slice_in_dim(x, step * size, size, axis=1)[prompt]
+
+
+def _add_prompt_tile(x: jax.Array, prompt: jax.Array, step: jax.Array, tile: jax.Array) -> jax.Array:
+    size = tile.shape[1]
+    old = jax.lax.dynamic_slice_in_dim(x, step * size, size, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(x, old.at[prompt].add(tile), step * size, axis=1)

@@ -26,14 +26,14 @@ def blank(
       prompts, prompt_mask: [P, L], of a step.
       rollouts: int32[P].
       longest: tokens of a response.
-      cut: of `batching.cut`, into pieces or, with `length_buckets`, into minibatches' shards.
+      cut: of `batching.cut`, into pieces or, with `attention_tile`, into minibatches' shards.
       config: of the step.
     """
     rows = int(rollouts.sum())
     out, rewards, scorable = sampling.empty(rows, longest), np.zeros(rows, np.float32), np.ones(rows, bool)
     out.mask[:, 0] = True
     pieces: batching.Pieces | packing.Packed = cut
-    if config.length_buckets is not None:
+    if config.attention_tile is not None:
         pieces = packing.pack_step(cut, config, prompt_mask, out.mask, rewards, scorable)
     return step.Batch(
         prompts=prompts,

@@ -66,9 +66,9 @@ class ModelConfig:
       remat: what of each layer is kept for the backward pass: `none` what products and attention take and give,
         `products` the results of matrix products, `block` the layer's input alone. Less memory for more time, the same
         result.
-      attention: the kernel over whole prompts and responses: `xla` anywhere, `cudnn` on NVIDIA GPUs in bfloat16,
-        `splash` on TPUs where heads are of a multiple of 128; `auto` takes the platform's own in bfloat16, where it can
-        run, else `xla`, which alone multiplies float32 in all of its bits.
+      attention: the kernel over padded prompts and responses, not over the streams of `train.attention_tile`: `xla`
+        anywhere, `cudnn` on NVIDIA GPUs in bfloat16, `splash` on TPUs where heads are multiples of 128; `auto` takes
+        the platform's own in bfloat16, where it can run, else `xla`, which alone multiplies float32 in all of its bits.
       lora_rank: r of low-rank adapters (arXiv 2106.09685), which alone are trained, in `param_dtype`, over the frozen
         model in `dtype`; None to train all parameters.
       lora_alpha: the adapters' product counts alpha / r times.
@@ -318,8 +318,8 @@ class TrainConfig:
       prompts_per_step: P.
       minibatches: optimiser updates per step; the step's rows are split evenly among them.
       microbatches: pieces a minibatch is split into to save memory; the result does not depend on it.
-      length_buckets: responses go end to end in streams of a microbatch's tokens instead of each being padded to
-        `sampling.max_new_tokens`, attention over rows padded to one of so many lengths (docs/training.md); None pads.
+      attention_tile: responses go end to end in streams of a microbatch's tokens instead of each being padded to
+        `sampling.max_new_tokens`, attention in tiles of so many queries by as many keys (docs/training.md); None pads.
         The result does not depend on it.
       optimiser: `adamw`, `adafactor` or `muon` (`training.optimiser`); moment_dtype: of the first moment, `float32` or
         `bfloat16`.
@@ -340,7 +340,7 @@ class TrainConfig:
     prompts_per_step: int = 64
     minibatches: int = 1
     microbatches: int = 1
-    length_buckets: int | None = None
+    attention_tile: int | None = None
     optimiser: str = "adamw"
     moment_dtype: str = "float32"
     learning_rate: float = 3e-4
@@ -370,8 +370,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("prompts_per_step", "minibatches", "microbatches"):
             _check(getattr(self, field) >= 1, "train", field, getattr(self, field), "at least 1")
-        ok = self.length_buckets is None or 1 <= self.length_buckets <= 16
-        _check(ok, "train", "length_buckets", self.length_buckets, "in 1..16, or null for padded rows")
+        ok = self.attention_tile is None or self.attention_tile >= 1
+        _check(ok, "train", "attention_tile", self.attention_tile, "at least 1, or null for padded rows")
         for field in ("learning_rate", "adam_eps"):
             _check(0 < getattr(self, field) < float("inf"), "train", field, getattr(self, field), "above 0, and finite")
         _check(self.max_grad_norm > 0, "train", "max_grad_norm", self.max_grad_norm, "above 0")

@@ -290,7 +290,7 @@ class Trainer:
     def _cut(self, rollouts: np.ndarray, number: int) -> batching.Pieces:
         """The step's rows in pieces, or, for streams, in minibatches' shards."""
         train, rng = self.config.train, np.random.default_rng((self.config.run.seed, _CUT, number))
-        pieces = train.minibatches * (train.microbatches if train.length_buckets is None else 1)
+        pieces = train.minibatches * (train.microbatches if train.attention_tile is None else 1)
         return batching.cut(rollouts, pieces * self.parts.layout.shards, rng, self._most)
 
     def _collect(self, clock: Clock, watch: Watch = _nothing) -> Collected:
@@ -326,7 +326,7 @@ class Trainer:
             overlong_penalty=reward.overlong_penalty,
             format_reward=reward.format_reward,
         )
-        if train.length_buckets is not None:
+        if train.attention_tile is not None:
             assert isinstance(cut, batching.Pieces)
             cut = packing.pack_step(cut, train, self.mask[ids], out.mask, shaped, grades.scorable)
         return Collected(plan, rule_state, index, out, grades, shaped, cut)

@@ -22,7 +22,7 @@ from gdro_jax.training import packing, piece
 from gdro_jax.training.config import TrainConfig
 from gdro_jax.training.logprobs import head_logprobs
 from gdro_jax.training.mesh import Layout
-from gdro_jax.training.packing import Packed, Sizes
+from gdro_jax.training.packing import Packed, Shapes, Sizes
 
 Floats = tuple[
     jax.Array, jax.Array, jax.Array
@@ -40,32 +40,44 @@ class Step(NamedTuple):
     temperature: float
     layout: Layout
 
-    def sizes(self, cut: Packed) -> Sizes:
-        assert self.config.length_buckets is not None
-        rows, longest, prompt = cut.rows.shape[-1], self.batch.tokens.shape[1], self.batch.prompts.shape[1]
-        return packing.sizes(self.config.length_buckets, rows, self.config.microbatches, longest, prompt)
+    def sizes(self, cut: Packed) -> Shapes:
+        return self._sizes(cut)[0]
 
-    def prompt_sizes(self, cut: Packed) -> Sizes:
-        return packing.prompt_sizes(cut.prompts.shape[-1], self.batch.prompts.shape[1])
+    def prompt_sizes(self, cut: Packed) -> Shapes:
+        return self._sizes(cut)[1]
+
+    def _sizes(self, cut: Packed) -> tuple[Shapes, Shapes]:
+        longest, prompt = self.batch.tokens.shape[1], self.batch.prompts.shape[1]
+        return packing.step_sizes(self.config, cut.rows.shape[-1], cut.prompts.shape[-1], longest, prompt)
 
 
 class _Window(NamedTuple):
-    """A piece: places int32[S, K] of its rows, or prompts, in the minibatch, which are there bool[S, K], groups."""
+    """A piece: places int32[S, K] of its rows, or prompts, in the minibatch, which are there bool[S, K], and its steps
+    int32[X, 2] of `ragged.key_tiles`."""
 
     place: jax.Array
     live: jax.Array
-    groups: ragged.Groups
+    steps: jax.Array
 
     @classmethod
     def of(cls, streams: packing.Streams, number: jax.Array, shape: Sizes, held: int) -> "_Window":
-        pieces, ends = jnp.asarray(streams.pieces), jnp.asarray(streams.groups)
+        pieces = jnp.asarray(streams.pieces)
         place = pieces[:, number, None] + jnp.arange(shape.rows, dtype=jnp.int32)
-        first, last, size = (jnp.asarray(x) for x in (streams.first, streams.last, streams.size))
         live = place < pieces[:, number + 1, None]
-        return cls(jnp.minimum(place, held - 1), live, ragged.Groups(first, last, size, ends[number], ends[number + 1]))
+        return cls(jnp.minimum(place, held - 1), live, jnp.asarray(streams.steps)[number, : shape.blocks])
 
     def take(self, x: Any) -> jax.Array:
         return jnp.take_along_axis(jnp.asarray(x), self.place, axis=1)
+
+
+def _each(shapes: Shapes, of: packing.Streams, add: Callable[[Sizes, jax.Array, Any], Any], start: Any) -> Any:
+    """`add(shape, number, carry)` of every piece in turn: a loop a shape, for a branch would copy what is carried."""
+    begin, carry = jnp.int32(0), start
+    for kind, shape in enumerate(shapes):
+        end = jnp.asarray(of.ends)[kind]
+        carry = jax.lax.fori_loop(begin, end, functools.partial(add, shape), carry)
+        begin = end
+    return carry
 
 
 def accumulate(
@@ -75,29 +87,31 @@ def accumulate(
     run = functools.partial(_piece, step, cut, _kept(step, step.reference, cut))
     floats = _prompts(step, piece.policy(trained, step.reference), cut)
 
-    def gradient(number: jax.Array) -> tuple[Sums, tuple[Any, Floats]]:
+    def gradient(shape: Sizes, number: jax.Array) -> tuple[Sums, tuple[Any, Floats]]:
         def objective(trained: Any, floats: Floats) -> tuple[jax.Array, Sums]:
-            out = run(trained, floats, number)
+            out = run(trained, floats, shape, number)
             return out[0].loss, out
 
         (_, out), grads = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(trained, floats)
         own, shared = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return out, (keep(own), shared)
 
-    def add(number: jax.Array, carry: tuple) -> tuple:
+    def add(shape: Sizes, number: jax.Array, carry: tuple) -> tuple:
         def with_gradient(carry: tuple) -> tuple:
-            out, grads = gradient(number)
+            out, grads = gradient(shape, number)
             return _added(cut, carry[0], out, number), jax.tree.map(jnp.add, carry[1], grads)
 
         def without(carry: tuple) -> tuple:
-            return _added(cut, carry[0], run(trained, floats, number), number), carry[1]
+            return _added(cut, carry[0], run(trained, floats, shape, number), number), carry[1]
 
         if step.config.kl_coef > 0:
             return with_gradient(carry)
         return jax.lax.cond(_has_gradient(step, cut, number), with_gradient, without, carry)
 
-    start = _zeros(cut, step.sizes(cut).rows, *jax.eval_shape(gradient, jnp.int32(0)))
-    (sums, plain, gap), (own, shared) = jax.lax.fori_loop(0, cut.of_rows.number, add, start)
+    shapes = step.sizes(cut)
+    first = functools.partial(gradient, shapes[0])
+    start = _zeros(cut, shapes[0].rows, *jax.eval_shape(first, jnp.int32(0)))
+    (sums, plain, gap), (own, shared) = _each(shapes, cut.of_rows, add, start)
     grad = _prompts_gradient(step, trained, cut, shared, own, keep)
     return sums, plain[:, : cut.rows.shape[1]], gap, grad
 
@@ -106,22 +120,27 @@ def losses(step: Step, trained: piece.Trained, cut: Packed) -> jax.Array:
     """The rows' losses of `accumulate` alone."""
     run = functools.partial(_piece, step, cut, _kept(step, step.reference, cut))
     floats = _prompts(step, piece.policy(trained, step.reference), cut)
-    one = functools.partial(run, trained, floats)
-    start, _ = _zeros(cut, step.sizes(cut).rows, jax.eval_shape(one, jnp.int32(0)), None)
-    out = jax.lax.fori_loop(0, cut.of_rows.number, lambda number, carry: _added(cut, carry, one(number), number), start)
+    one, shapes = functools.partial(run, trained, floats), step.sizes(cut)
+    first = functools.partial(one, shapes[0])
+    start, _ = _zeros(cut, shapes[0].rows, jax.eval_shape(first, jnp.int32(0)), None)
+
+    def add(shape: Sizes, number: jax.Array, carry: Sums) -> Sums:
+        return _added(cut, carry, one(shape, number), number)
+
+    out = _each(shapes, cut.of_rows, add, start)
     return out[1][:, : cut.rows.shape[1]]
 
 
 def logprobs(step: Step, model: qwen3.Qwen3, cut: Packed) -> jax.Array:
     """Log-probs float32[S, n, T] of a minibatch's rows, in the order of `cut.rows`; 0 where they do not matter."""
-    shape, floats = step.sizes(cut), _prompts(step, model, cut)
+    shapes, floats = step.sizes(cut), _prompts(step, model, cut)
 
-    def add(number: jax.Array, found: jax.Array) -> jax.Array:
+    def add(shape: Sizes, number: jax.Array, found: jax.Array) -> jax.Array:
         window = _Window.of(cut.of_rows, number, shape, cut.rows.shape[1])
 
         def shard(given: tuple) -> jax.Array:
             rows, of, places = _stream(step, shape, *given[:3])
-            hidden = _hidden(model, _prompt_kv(step, *given[3:]), given[-1][2], rows, of, window.groups, shape)
+            hidden = _hidden(model, _prompt_kv(step, *given[3:]), given[-1][2], rows, of, window.steps, shape)
             return _head(step, model, hidden, rows, places)
 
         new = step.layout.over_shards(
@@ -130,15 +149,20 @@ def logprobs(step: Step, model: qwen3.Qwen3, cut: Packed) -> jax.Array:
         return _put(found, new, cut.of_rows.pieces[:, number])
 
     shards, rows = cut.rows.shape
-    start = jnp.zeros((shards, rows + shape.rows, step.batch.tokens.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, cut.of_rows.number, add, start)[:, :rows]
+    start = jnp.zeros((shards, rows + shapes[0].rows, step.batch.tokens.shape[1]), jnp.float32)
+    return _each(shapes, cut.of_rows, add, start)[:, :rows]
 
 
 def _piece(
-    step: Step, cut: Packed, ref_floats: Floats | None, trained: piece.Trained, floats: Floats, number: jax.Array
+    step: Step,
+    cut: Packed,
+    ref_floats: Floats | None,
+    trained: piece.Trained,
+    floats: Floats,
+    shape: Sizes,
+    number: jax.Array,
 ) -> Sums:
     """A piece's sums; `per_row` of them is not used."""
-    shape = step.sizes(cut)
     window = _Window.of(cut.of_rows, number, shape, cut.rows.shape[1])
 
     def shard(given: tuple) -> Sums:
@@ -148,9 +172,9 @@ def _piece(
         if ref_floats is not None:
             assert step.reference is not None
             kv = _prompt_kv(step, prompts, ref_floats)
-            hidden = _hidden(step.reference, kv, ref_floats[2], rows, of, window.groups, shape)
+            hidden = _hidden(step.reference, kv, ref_floats[2], rows, of, window.steps, shape)
             ref = _head(step, step.reference, hidden, rows, places)
-        hidden = _hidden(model, _prompt_kv(step, prompts, floats), floats[2], rows, of, window.groups, shape)
+        hidden = _hidden(model, _prompt_kv(step, prompts, floats), floats[2], rows, of, window.steps, shape)
         return piece.sums(model, hidden, ref, rows, step.config, step.temperature, places)
 
     given = (window.take(cut.rows), window.take(cut.local_index), window.live, cut.prompts, floats, ref_floats)
@@ -183,12 +207,12 @@ def _hidden(
     last: jax.Array,
     rows: piece.Rows,
     of: ragged.Stream,
-    groups: ragged.Groups,
+    steps: jax.Array,
     shape: Sizes,
 ) -> jax.Array:
     """Final hidden states [K + N, D] in the order of `_stream`; NaN where the rows are more than the stream holds."""
     tokens = jnp.asarray(rows["tokens"])[of.row, of.step]
-    later = ragged.extend(model, tokens, kv, of, groups, shape.groups)
+    later = ragged.extend(model, tokens, kv, of, steps, shape.tiling)
     hidden = jnp.concatenate([last[of.prompt_index], later])
     return jnp.where(of.length.sum() <= shape.tokens, hidden, jnp.nan)
 
@@ -234,14 +258,14 @@ def _kept(step: Step, reference: qwen3.Qwen3 | None, cut: Packed) -> Floats | No
 
 def _prompts(step: Step, model: qwen3.Qwen3, cut: Packed) -> Floats:
     """Keys, values and last states of the minibatch's prompts; 0 behind a prompt's tokens."""
-    shape = step.prompt_sizes(cut)
+    held = cut.prompts.shape[1]
 
-    def add(number: jax.Array, floats: Floats) -> Floats:
+    def add(shape: Sizes, number: jax.Array, floats: Floats) -> Floats:
         window, chosen = _prompt_window(cut, number, shape)
 
         def shard(given: tuple) -> Floats:
             (k, v, last), new, chosen = given
-            tokens, prompts = _prompt_places(step, shape, *chosen)
+            tokens, prompts = _prompt_places(step, shape, held, *chosen)
             k, v = (x.at[:, *tokens].set(y, mode="drop") for x, y in ((k, new[0]), (v, new[1])))
             return over_heads(k, 3), over_heads(v, 3), last.at[prompts].set(new[2], mode="drop")
 
@@ -251,22 +275,22 @@ def _prompts(step: Step, model: qwen3.Qwen3, cut: Packed) -> Floats:
     dtype = qwen3.embed_tokens(model, jnp.zeros(1, jnp.int32)).dtype
     state = jnp.zeros((shards, config.num_layers, prompts, longest, config.num_kv_heads, config.head_dim), dtype)
     last = jnp.zeros((shards, prompts, config.hidden_size), dtype)
-    return jax.lax.fori_loop(0, cut.of_prompts.number, add, (state, state, last))
+    return _each(step.prompt_sizes(cut), cut.of_prompts, add, (state, state, last))
 
 
 def _prompts_gradient(
     step: Step, trained: piece.Trained, cut: Packed, bars: Floats, grad: Any, keep: Callable[[Any], Any]
 ) -> Any:
     """`grad` and what comes to the parameters through the prompts' states."""
-    shape, moving = step.prompt_sizes(cut), _moving_prompts(step, cut)
+    moving, held = _moving_prompts(step, cut), cut.prompts.shape[1]
 
-    def shard(given: tuple) -> Floats:
+    def shard(shape: Sizes, given: tuple) -> Floats:
         (k, v, last), chosen = given
-        tokens, prompts = _prompt_places(step, shape, *chosen)
+        tokens, prompts = _prompt_places(step, shape, held, *chosen)
         k, v = (x.at[:, *tokens].get(mode="fill", fill_value=0) for x in (k, v))
         return k, v, last.at[prompts].get(mode="fill", fill_value=0)
 
-    def add(number: jax.Array, grad: Any) -> Any:
+    def add(shape: Sizes, number: jax.Array, grad: Any) -> Any:
         window, chosen = _prompt_window(cut, number, shape)
 
         def with_gradient(grad: Any) -> Any:
@@ -274,13 +298,13 @@ def _prompts_gradient(
                 return _prefill(step, piece.policy(trained, step.reference), window, chosen, shape)
 
             out, back = jax.vjp(states, trained)
-            of_piece = step.layout.over_shards(shard, (bars, chosen))
+            of_piece = step.layout.over_shards(functools.partial(shard, shape), (bars, chosen))
             (new,) = back(jax.tree.map(lambda bar, x: bar.astype(x.dtype), of_piece, out))
             return keep(jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grad, new))
 
         return jax.lax.cond((window.take(moving) & window.live).any(), with_gradient, lambda grad: grad, grad)
 
-    return jax.lax.fori_loop(0, cut.of_prompts.number, add, grad)
+    return _each(step.prompt_sizes(cut), cut.of_prompts, add, grad)
 
 
 def _moving_prompts(step: Step, cut: Packed) -> jax.Array:
@@ -294,7 +318,7 @@ def _moving_prompts(step: Step, cut: Packed) -> jax.Array:
 
 def _prompt_window(cut: Packed, number: jax.Array, shape: Sizes) -> tuple[_Window, tuple[jax.Array, ...]]:
     """A piece of prompts, and its ids, places and which are there: not what `cut.prompts` is filled up with."""
-    window = _Window.of(cut.of_prompts, number, shape, shape.rows)
+    window = _Window.of(cut.of_prompts, number, shape, cut.prompts.shape[1])
     window = window._replace(live=window.live & window.take(cut.prompt_used))
     return window, (window.take(cut.prompts), window.place, window.live)
 
@@ -305,11 +329,11 @@ def _prompt_stream(step: Step, shape: Sizes, ids: jax.Array, live: jax.Array) ->
 
 
 def _prompt_places(
-    step: Step, shape: Sizes, ids: jax.Array, place: jax.Array, live: jax.Array
+    step: Step, shape: Sizes, held: int, ids: jax.Array, place: jax.Array, live: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Of a piece's stream, each token's prompt and step, and of its prompts, each one's place; Q where nothing is."""
     of = _prompt_stream(step, shape, ids, live)
-    return (jnp.where(of.real, place[of.row], shape.rows), of.step), jnp.where(live, place, shape.rows)
+    return (jnp.where(of.real, place[of.row], held), of.step), jnp.where(live, place, held)
 
 
 def _prefill(step: Step, model: qwen3.Qwen3, window: _Window, chosen: tuple, shape: Sizes) -> Floats:
@@ -320,7 +344,7 @@ def _prefill(step: Step, model: qwen3.Qwen3, window: _Window, chosen: tuple, sha
         ids, _, live = given
         of = _prompt_stream(step, shape, ids, live)
         tokens = jnp.asarray(step.batch.prompts)[ids[of.row], of.step]
-        k, v, last = ragged.prefill(model, tokens, of, window.groups, shape.groups)
+        k, v, last = ragged.prefill(model, tokens, of, window.steps, shape.tiling)
         return k, v, jnp.where(of.length.sum() <= shape.tokens, last, jnp.nan)
 
     return step.layout.over_shards(shard, chosen)

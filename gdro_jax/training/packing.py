@@ -1,115 +1,110 @@
-"""Cuts a step for `train.length_buckets`: responses and prompts end to end in streams, attention over like lengths.
+"""Cuts a step for `train.attention_tile`: responses and prompts end to end in streams, attention in tiles.
 
 A piece is a stream of at most N tokens: the products with weights meet hardly any padding, whatever the lengths are.
-Attention takes the stream's rows in groups, each padded to one of a few lengths. How many pieces there are, which rows
-they hold and how their rows are grouped are numbers that the compiled step reads: no lengths compile anything.
+A few short ones, of N / 4, take what full ones would leave half empty. Attention takes the stream in tiles of one shape
+(`models.ragged`). How many pieces there are, which rows they hold and how many tiles of keys each block of tiles meets
+are numbers that the compiled step reads: no lengths compile anything.
 Prompts have streams of their own, which are run before those of their responses.
 
 All this is within minibatches, which are those of `batching.cut`, and row weights are fixed before: the cut changes no
 gradient beyond rounding. On a mesh prompts are dealt to shards by their rows' tokens (`dealing`). Each shard has
-streams of its own; all run equally many pieces, and groups of the same shapes, at the same time: the i-th row of a
-piece counts as long there as the longest i-th row of the shards.
+streams of its own; all run equally many pieces, and equally many tiles, at the same time: a block of tiles meets as
+many keys as the fullest such block of the shards.
 Letters: M minibatches, S shards, n rows of a minibatch on a shard, Q prompts of those, L prompt and T response tokens,
-G groups.
+X blocks of tiles.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gdro_jax.models.ragged import Tiling, key_tiles
 from gdro_jax.models.recompute import pairs
 from gdro_jax.training import batching, dealing
 from gdro_jax.training.config import TrainConfig
 
 Array = Any  # of numpy on the host, of JAX inside the step
-SHORTEST = 16  # the shortest length of attention is the longest's such part
-GROUPS = 4  # a group of rows takes about such a part of the piece's tokens
+BLOCKS = 4  # tiles of about such a part of the piece's tokens go at a time
+SHORT = 4  # a short piece has such a part of the tokens of a full one
 TOKENS_PER_ROW = 16  # a piece has room for a row per so many tokens, or more rows where the longest row is short
-PROMPT_BUCKETS = 3  # of prompts' attention, which is little work: each length is one more shape to compile
-SHORT_PROMPT = 4  # behind prompts of at most such a part of L, responses see no more keys than that
 RUNS = 4 / 3  # of prompts in streams, forward and backward: forward once more than responses, if all have a gradient
 PROMPT_TOKENS = 512  # of a prompts' piece where no prompt is longer: enough for products at full rate
 
 
 class Sizes(NamedTuple):
-    """The compiled shapes of pieces; static.
+    """The compiled shape of a piece; static.
 
     Attributes:
       tokens: N of a piece; a response's last token, which is only predicted, is not counted.
       rows: that a piece has room for.
-      groups: (rows, tokens a row, keys before each) of attention, the shortest first.
+      tiling: of attention.
     """
 
     tokens: int
     rows: int
-    groups: tuple[tuple[int, int, int], ...]
+    tiling: Tiling
+
+    @property
+    def blocks(self) -> int:
+        """X."""
+        return self.tiling.blocks(self.tokens, self.rows)
+
+
+Shapes = tuple[Sizes, ...]  # of full pieces, and of short ones where there are any
 
 
 class Streams(NamedTuple):
-    """Pieces of rows, or of prompts, of which a minibatch has n on each shard.
+    """Pieces of rows, or of prompts, of which a minibatch has n on each shard; k = 2 (n + SHORT) pieces at most.
 
     Attributes:
-      number: int32[M], pieces.
-      pieces: int32[M, S, 2 n + 1]; piece k holds a shard's rows from pieces[k] to pieces[k + 1].
-      groups: int32[M, 2 n + 1], the same of a piece's groups.
-      first, last, size: int32[M, G], a group's rows, counted from the piece's first on each shard, and which of
-        `Sizes.groups` it is.
+      ends: int32[M, 2]; the first ends[0] pieces are full, those behind them, up to ends[1], short.
+      pieces: int32[M, S, k + 1]; piece i holds a shard's rows from pieces[i] to pieces[i + 1].
+      steps: int32[M, k, X, 2], of each piece, see `ragged.key_tiles`; 0 behind those of its shape.
     """
 
-    number: Array
+    ends: Array
     pieces: Array
-    groups: Array
-    first: Array
-    last: Array
-    size: Array
+    steps: Array
 
     @classmethod
-    def empty(cls, minibatches: int, shards: int, rows: int) -> "Streams":
-        most = 2 * rows + 1  # a piece more or less for each row with a gradient and for each without
+    def empty(cls, minibatches: int, shards: int, rows: int, shapes: Shapes) -> "Streams":
+        most = 2 * (rows + SHORT)  # of rows with a gradient, and of such without: one each, and less than SHORT besides
         return cls(
-            np.zeros(minibatches, np.int32), np.full((minibatches, shards, most), rows, np.int32),
-            np.zeros((minibatches, most), np.int32),
-            *(np.zeros((minibatches, shards * rows), np.int32) for _ in range(3)),
+            np.zeros((minibatches, 2), np.int32), np.full((minibatches, shards, most + 1), rows, np.int32),
+            np.zeros((minibatches, most, max(shape.blocks for shape in shapes), 2), np.int32),
         )  # fmt: skip
 
     def fill(
-        self, m: int, length: np.ndarray, idle: np.ndarray, shape: Sizes, before: np.ndarray | None = None
+        self, m: int, length: np.ndarray, idle: np.ndarray, shapes: Shapes, before: np.ndarray | None = None
     ) -> np.ndarray:
         """Writes minibatch m, of rows with so many tokens int[S, n], and so many keys before them, none if None; the
         rows in their new order, int[S, n]."""
-        before = np.zeros_like(length) if before is None else np.where(length > 0, before, 0)
-        most = shape.groups[0][2]  # of the keys that the groups for short prompts hold
-        pieces_of = [
-            [piece[np.argsort(before[s][piece] <= most, kind="stable")] for piece in held]
-            for s, held in enumerate(_streams(length, idle, shape))
-        ]
-        number = self.number[m] = len(pieces_of[0])
-        longest, seen = np.zeros((2, number, shape.rows), length.dtype)
-        for s, held in enumerate(pieces_of):
-            self.pieces[m, s, : number + 1] = np.cumsum([0, *map(len, held)])
-            for k, piece in enumerate(held):
-                here = slice(len(piece))
-                longest[k, here] = np.maximum(longest[k, here], length[s][piece])
-                seen[k, here] = np.maximum(seen[k, here], before[s][piece])
-        group = 0
-        for k in range(number):
-            self.groups[m, k] = group
-            for found in _groups(longest[k], seen[k], shape):
-                self.first[m, group], self.last[m, group], self.size[m, group] = found
-                group += 1
-        self.groups[m, number:] = group
-        return np.stack([np.concatenate(held) for held in pieces_of])
+        before = np.zeros_like(length) if before is None else before
+        kinds, held = _streams(length, idle, shapes)
+        self.ends[m] = kinds.count(0), len(kinds)
+        for s, pieces in enumerate(held):
+            self.pieces[m, s, : len(kinds) + 1] = np.cumsum([0, *map(len, pieces)])
+        for k, kind in enumerate(kinds):
+            shape = shapes[kind]
+            of, ahead = np.zeros((2, len(held), shape.rows), np.int64)
+            for s, pieces in enumerate(held):
+                here = slice(len(pieces[k]))
+                of[s, here], ahead[s, here] = length[s][pieces[k]], before[s][pieces[k]]
+            self.steps[m, k, : shape.blocks] = key_tiles(of, ahead, shape.tiling, shape.blocks)
+        return np.stack([np.concatenate(pieces) for pieces in held])
 
-    def work(self, shape: Sizes) -> tuple[int, int]:
+    def work(self, shapes: Shapes) -> tuple[int, int]:
         """Tokens and query-key pairs of all pieces on one shard."""
-        run = np.concatenate([size[: ends[-1]] for size, ends in zip(self.size, self.groups, strict=True)])
-        each = [rows * pairs(length, before) for rows, length, before in shape.groups]
-        done = sum(each[size] for size in run.tolist())
-        return int(self.number.sum()) * shape.tokens, done
+        tokens = done = 0
+        for steps, ends in zip(self.steps, self.ends, strict=True):
+            for shape, mine in zip(shapes, np.split(steps[: ends[1]], ends[:1]), strict=False):
+                tokens += len(mine) * shape.tokens
+                done += int(mine.sum()) * shape.tiling.together * shape.tiling.tokens**2
+        return tokens, done
 
 
 class Packed(NamedTuple):
-    """What `batching.Pieces` is without buckets; the pieces of a minibatch hold its rows and prompts in their order.
+    """What `batching.Pieces` is for padded rows; the pieces of a minibatch hold its rows and prompts in their order.
 
     Attributes:
       rows: int32[M, S, n], flat rows; local_index int32[M, S, n], the prompt of each as a position in `prompts`.
@@ -126,34 +121,36 @@ class Packed(NamedTuple):
     of_prompts: Streams
 
 
-def sizes(buckets: int, rows: int, microbatches: int, longest: int, prompt: int) -> Sizes:
-    """Shapes for n rows of at most T tokens after L: a piece has as many tokens as a microbatch of full rows."""
+def sizes(tile: int, rows: int, microbatches: int, longest: int) -> Shapes:
+    """Shapes for n rows of at most T tokens: a full piece has as many tokens as a microbatch of full rows."""
     tokens = rows // microbatches * longest
-    per_row = max(1, min(TOKENS_PER_ROW, longest // SHORTEST))
-    before = tuple(sorted({-(-prompt // SHORT_PROMPT), prompt}))
-    groups = _group_sizes(buckets, rows, tokens, max(longest - 1, 1), before)
-    return Sizes(tokens, min(rows, tokens // per_row), groups)
+    return _shapes(tile, tokens, rows, max(1, min(TOKENS_PER_ROW, longest // TOKENS_PER_ROW)), longest)
 
 
-def prompt_sizes(prompts: int, longest: int) -> Sizes:
+def prompt_sizes(tile: int, prompts: int, longest: int) -> Shapes:
     """Shapes for Q prompts of at most L tokens."""
-    tokens = max(longest, min(prompts * longest, PROMPT_TOKENS))
-    return Sizes(tokens, prompts, _group_sizes(PROMPT_BUCKETS, prompts, tokens, longest, (0,)))
+    return _shapes(tile, max(longest, min(prompts * longest, PROMPT_TOKENS)), prompts, 1, longest)
 
 
-def _group_sizes(
-    buckets: int, rows: int, tokens: int, longest: int, before: tuple[int, ...]
-) -> tuple[tuple[int, int, int], ...]:
-    steps = range(buckets - 1, -1, -1)
-    lengths = sorted({max(1, round(longest * SHORTEST ** (-i / max(buckets - 1, 1)))) for i in steps})
-    return tuple(
-        (min(rows, max(1, tokens // (GROUPS * length))), length, width) for length in lengths for width in before
-    )
+def _shapes(tile: int, tokens: int, rows: int, per_row: int, longest: int) -> Shapes:
+    found = []
+    for size in (tokens, tokens // SHORT):
+        square = min(tile, longest, max(size, 1))
+        tiling = Tiling(square, max(1, size // (BLOCKS * square)))
+        found.append(Sizes(size, min(rows, size // per_row), tiling))
+    return tuple(shape for shape in found if shape.tokens)
+
+
+def step_sizes(train: TrainConfig, rows: int, prompts: int, longest: int, prompt: int) -> tuple[Shapes, Shapes]:
+    """Of a step, for n rows of at most T tokens and Q prompts of at most L on each shard."""
+    assert train.attention_tile is not None
+    of_rows = sizes(train.attention_tile, rows, train.microbatches, longest)
+    return of_rows, prompt_sizes(train.attention_tile, prompts, prompt)
 
 
 def pack(
-    pieces: batching.Pieces, lengths: np.ndarray, before: np.ndarray, idle: np.ndarray, shape: Sizes, minibatches: int,
-    longest: int,
+    pieces: batching.Pieces, lengths: np.ndarray, before: np.ndarray, idle: np.ndarray, shapes: Shapes,
+    prompt_shapes: Shapes, minibatches: int, longest: int,
 ) -> Packed:  # fmt: skip
     """The streams of a step.
 
@@ -163,12 +160,12 @@ def pack(
       before: int[P], tokens of each prompt.
       idle: bool[R], rows without a gradient; they share pieces with their like, whose backward pass is left out, and so
         do prompts that have no other.
-      shape: of `sizes`.
+      shapes, prompt_shapes: of `sizes` and `prompt_sizes`.
       minibatches: M.
-      longest: L.
+      longest: T.
     """
     inputs, idle = np.maximum(np.asarray(lengths), 1) - 1, np.asarray(idle)
-    squares = inputs * inputs // (2 * shape.groups[-1][1])  # of attention, of the size of a long row's tokens
+    squares = inputs * inputs // (2 * max(longest - 1, 1))  # of attention, of the size of a long row's tokens
     pieces = dealing.deal(pieces, np.stack([2 * inputs, inputs * ~idle, squares], axis=1), minibatches)
     count, each = pieces.rows.shape
     shards, held = count // minibatches, pieces.prompts.shape[1]
@@ -179,16 +176,15 @@ def pack(
     np.logical_or.at(moving, (*of, local), ~idle[rows])
     out = Packed(
         np.empty_like(rows), np.empty_like(local), np.empty_like(prompts), np.empty_like(used),
-        Streams.empty(minibatches, shards, each), Streams.empty(minibatches, shards, held),
+        Streams.empty(minibatches, shards, each, shapes), Streams.empty(minibatches, shards, held, prompt_shapes),
     )  # fmt: skip
-    prompt_shape = prompt_sizes(held, longest)
     for m in range(minibatches):
         tokens = np.where(used[m], np.asarray(before)[prompts[m]], 0)
-        order = out.of_prompts.fill(m, tokens, ~moving[m], prompt_shape)
+        order = out.of_prompts.fill(m, tokens, ~moving[m], prompt_shapes)
         out.prompts[m], out.prompt_used[m] = (np.take_along_axis(x[m], order, axis=1) for x in (prompts, used))
         place = np.argsort(order, axis=1)
         seen = np.take_along_axis(tokens, local[m], axis=1)
-        order = out.of_rows.fill(m, inputs[rows[m]], idle[rows[m]], shape, seen)
+        order = out.of_rows.fill(m, inputs[rows[m]], idle[rows[m]], shapes, seen)
         out.rows[m] = np.take_along_axis(rows[m], order, axis=1)
         out.local_index[m] = np.take_along_axis(place, np.take_along_axis(local[m], order, axis=1), axis=1)
     return out
@@ -213,10 +209,9 @@ def pack_step(
     np.maximum.at(high, index[scorable], rewards[scorable])
     np.minimum.at(low, index[scorable], rewards[scorable])
     idle = ~scorable | (high <= low)[index] if train.kl_coef == 0 else np.zeros(len(mask), bool)
-    prompt = np.shape(prompt_mask)[1]
-    shape = sizes(train.length_buckets or 1, pieces.rows.shape[1], train.microbatches, mask.shape[1], prompt)
+    shapes = step_sizes(train, pieces.rows.shape[1], pieces.prompts.shape[1], mask.shape[1], np.shape(prompt_mask)[1])
     used, before = lengths(mask, scorable), np.asarray(prompt_mask).sum(axis=1)
-    return pack(pieces, used, before, idle, shape, train.minibatches, prompt)
+    return pack(pieces, used, before, idle, *shapes, train.minibatches, mask.shape[1])
 
 
 def lengths(mask: np.ndarray, scorable: np.ndarray) -> np.ndarray:
@@ -264,8 +259,8 @@ def padding(
     else:
         _, shards, each = cut.rows.shape
         held = cut.prompts[cut.prompt_used]
-        responses = cut.of_rows.work(sizes(train.length_buckets or 1, each, train.microbatches, longest, prompt))
-        prompts = cut.of_prompts.work(prompt_sizes(cut.prompts.shape[2], prompt))
+        shapes = step_sizes(train, each, cut.prompts.shape[2], longest, prompt)
+        responses, prompts = (of.work(shape) for of, shape in zip((cut.of_rows, cut.of_prompts), shapes, strict=True))
         responses, prompts = ((shards * tokens, shards * done) for tokens, done in (responses, prompts))
     own = before[held]
     return (
@@ -288,56 +283,50 @@ def share(
     return responses.plus(prompts, RUNS if isinstance(cut, Packed) else 1).share(*work)
 
 
-def _streams(lengths: np.ndarray, idle: np.ndarray, shape: Sizes) -> list[list[np.ndarray]]:
-    """The rows of each shard's pieces, equally many a shard, from int[S, n] and bool[S, n].
+def _streams(lengths: np.ndarray, idle: np.ndarray, shapes: Shapes) -> tuple[list[int], list[list[np.ndarray]]]:
+    """Of each piece its kind, the full ones first, and of each shard the rows of each, from int[S, n] and bool[S, n].
 
-    Idle rows come in pieces behind the others, or in what room those have left if that saves a piece.
+    Idle rows come in pieces of their own, or in what room the others have left if that takes fewer tokens.
     """
-    rest = [np.zeros(0, int)] * lengths.shape[1]
-    first = [_bins(length, ~none, shape, []) for length, none in zip(lengths, idle, strict=True)]
-    before = max(map(len, first))
-    first = [held + rest[: before - len(held)] for held in first]
-    apart = [_bins(length, none, shape, []) for length, none in zip(lengths, idle, strict=True)]
-    together = [_bins(length, none, shape, held) for length, none, held in zip(lengths, idle, first, strict=True)]
-    found = [held + more for held, more in zip(first, apart, strict=True)]
-    if max(map(len, together)) < max(map(len, found)):
-        found = together
-    number = max(map(len, found))
-    return [held + rest[: number - len(held)] for held in found]
+    first, held = _fewest(lengths, ~idle, shapes, [], [[] for _ in lengths])
+    apart, more = _fewest(lengths, idle, shapes, [], [[] for _ in lengths])
+    besides, together = _fewest(lengths, idle, shapes, first, held)
+    kinds, found = first + besides, together
+    if sum(shapes[kind].tokens for kind in besides) >= sum(shapes[kind].tokens for kind in apart):
+        kinds, found = first + apart, [mine + behind for mine, behind in zip(held, more, strict=True)]
+    order = np.argsort(kinds, kind="stable")
+    return [kinds[k] for k in order], [[pieces[k] for k in order] for pieces in found]
 
 
-def _bins(lengths: np.ndarray, chosen: np.ndarray, shape: Sizes, before: list[np.ndarray]) -> list[np.ndarray]:
-    """Pieces with the chosen rows besides what is in them before, each longest first: first fit decreasing."""
-    held = [piece.tolist() for piece in before]
-    room = [shape.tokens - int(lengths[piece].sum()) for piece in before]
+def _fewest(
+    lengths: np.ndarray, chosen: np.ndarray, shapes: Shapes, before: list[int], held: list[list[np.ndarray]]
+) -> tuple[list[int], list[list[np.ndarray]]]:
+    """The chosen rows in the pieces before and the fewest others: their kinds, and all pieces of every shard."""
+    fewest = 0
+    if not before and len(shapes) > 1:  # no fewer can hold them
+        full, rest = divmod(int(np.where(chosen, lengths, 0).sum(axis=1).max()), shapes[0].tokens)
+        fewest = full * SHORT + min(SHORT, -(-rest // shapes[1].tokens))
+    while True:
+        more = [0] * (fewest // SHORT) + [1] * (fewest % SHORT) if len(shapes) > 1 else [0] * fewest
+        sizes = [shapes[kind] for kind in before + more]
+        found = [_bins(length, which, sizes, mine) for length, which, mine in zip(lengths, chosen, held, strict=True)]
+        if all(pieces is not None for pieces in found):
+            return more, [pieces for pieces in found if pieces is not None]
+        fewest += 1
+
+
+def _bins(
+    lengths: np.ndarray, chosen: np.ndarray, shapes: list[Sizes], before: list[np.ndarray]
+) -> list[np.ndarray] | None:
+    """Pieces with the chosen rows besides what was in them, first fit decreasing; None if they do not hold all."""
+    held = [piece.tolist() for piece in before] + [[] for _ in shapes[len(before) :]]
+    room = [shape.tokens - int(lengths[piece].sum()) for shape, piece in zip(shapes, held, strict=True)]
     for row in sorted(np.flatnonzero(chosen).tolist(), key=lambda i: -lengths[i]):
         length = int(lengths[row])
-        found = (k for k, left in enumerate(room) if left >= length and len(held[k]) < shape.rows)
-        k = next(found, len(held))
-        if k == len(held):
-            held.append([])
-            room.append(shape.tokens)
+        fit = (k for k, left in enumerate(room) if left >= length and len(held[k]) < shapes[k].rows)
+        k = next(fit, None)
+        if k is None:
+            return None
         held[k].append(row)
         room[k] -= length
-    return [np.array(sorted(piece, key=lambda i: -lengths[i]), int) for piece in held]
-
-
-def _groups(lengths: np.ndarray, before: np.ndarray, shape: Sizes) -> list[tuple[int, int, int]]:
-    """(first, last, size) of the cheapest groups for a piece's rows in their order; trailing empty rows need none."""
-    rows = int(np.flatnonzero(lengths)[-1]) + 1 if lengths.any() else 0
-    cost = [count * pairs(length, width) for count, length, width in shape.groups]
-    reach = []  # of each shape, up to where rows fit it
-    for _, length, width in shape.groups:
-        over = np.where((lengths[:rows] > length) | (before[:rows] > width), np.arange(rows), rows)
-        reach.append(np.minimum.accumulate(over[::-1])[::-1].tolist())
-    best, chosen = [0] * (rows + 1), [(0, 0)] * rows
-    for i in range(rows - 1, -1, -1):
-        stops = ((b, min(reach[b][i], i + count)) for b, (count, _, _) in enumerate(shape.groups))
-        best[i], b, stop = min((cost[b] + best[stop], b, stop) for b, stop in stops if stop > i)
-        chosen[i] = b, stop
-    out, i = [], 0
-    while i < rows:
-        b, stop = chosen[i]
-        out.append((i, stop, b))
-        i = stop
-    return out
+    return [np.array(piece, int) for piece in held]

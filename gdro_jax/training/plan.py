@@ -27,7 +27,7 @@ FORWARD_PASSES = {"none": 1.0, "products": 1.0, "block": 2.0}  # with what the b
 class Shapes(NamedTuple):
     """P prompts, R rows, L prompt and T response tokens; a piece has rows and room for prompts; `pieces` in all.
 
-    Of the pieces `shards` are worked on at the same time. With `train.length_buckets` prompts are a minibatch's of one
+    Of the pieces `shards` are worked on at the same time. With `train.attention_tile` prompts are a minibatch's of one
     shard, rows what a piece has room for, `packed` the other shapes.
     """
 
@@ -38,7 +38,7 @@ class Shapes(NamedTuple):
     pieces: int
     piece_rows: int
     piece_prompts: int
-    packed: packing.Sizes | None = None
+    packed: packing.Shapes | None = None
     shards: int = 1
 
 
@@ -50,13 +50,13 @@ def shapes(config: Config, prompt_tokens: int, layout: Layout = ONE_DEVICE) -> S
     """
     prompts, rows = config.train.prompts_per_step, config.rows_per_step
     train, tokens, shards = config.train, config.sampling.max_new_tokens, layout.shards
-    pieces, buckets = train.minibatches * train.microbatches * shards, train.length_buckets
-    cuts = pieces if buckets is None else train.minibatches * shards
+    pieces, tile = train.minibatches * train.microbatches * shards, train.attention_tile
+    cuts = pieces if tile is None else train.minibatches * shards
     room = batching.prompts_per_piece(prompts, rows, cuts, setup.most_rollouts(config.controller))
     packed = None
-    if buckets is not None:
-        packed = packing.sizes(buckets, rows // cuts, train.microbatches, tokens, prompt_tokens)
-    held = rows // pieces if packed is None else packed.rows
+    if tile is not None:
+        packed = packing.sizes(tile, rows // cuts, train.microbatches, tokens)
+    held = rows // pieces if packed is None else packed[0].rows
     return Shapes(prompts, rows, prompt_tokens, tokens, pieces, held, room, packed, shards)
 
 
@@ -215,15 +215,13 @@ def _pieces(config: Config, shape: Shapes) -> list[str]:
         return [
             f"piece       {shape.piece_rows} rows, {shape.piece_prompts} prompts; {updates} updates of {pieces} pieces"
         ]
-    prompts = packing.prompt_sizes(shape.piece_prompts, shape.prompt_tokens)
-    groups = ", ".join(f"{rows} x {tokens} after {before}" for rows, tokens, before in shape.packed.groups)
-    of_prompts = ", ".join(f"{rows} x {tokens}" for rows, tokens, _ in prompts.groups)
+    of_rows = " or ".join(f"{found.tokens} tokens of at most {found.rows} rows" for found in shape.packed)
+    of_prompts = " or ".join(str(found.tokens) for found in _prompt_sizes(config, shape))
     return [
-        f"piece       {shape.packed.tokens} tokens of at most {shape.packed.rows} rows; {updates} updates of at least "
-        f"{pieces} pieces if all responses are of full length, of fewer as they are shorter",
-        f"attention   groups of {groups} tokens",
-        f"prompts     {shape.piece_prompts} an update, before its pieces, in pieces of {prompts.tokens} tokens; "
-        f"attention in groups of {of_prompts} tokens",
+        f"piece       {of_rows}; {updates} updates of at least "
+        f"{pieces} full pieces if all responses are of full length, of fewer as they are shorter",
+        f"attention   tiles of {shape.packed[0].tiling.tokens} queries by as many keys",
+        f"prompts     {shape.piece_prompts} an update, before its pieces, in pieces of {of_prompts} tokens",
     ]
 
 
@@ -268,4 +266,12 @@ def _cut(config: Config, shape: Shapes) -> batching.Pieces | packing.Packed:
         return pieces
     full, before = np.full(shape.rows, shape.response_tokens), np.full(shape.prompts, shape.prompt_tokens)
     idle = np.zeros(shape.rows, bool)
-    return packing.pack(pieces, full, before, idle, shape.packed, config.train.minibatches, shape.prompt_tokens)
+    prompts = _prompt_sizes(config, shape)
+    return packing.pack(
+        pieces, full, before, idle, shape.packed, prompts, config.train.minibatches, shape.response_tokens
+    )
+
+
+def _prompt_sizes(config: Config, shape: Shapes) -> packing.Shapes:
+    assert config.train.attention_tile is not None
+    return packing.prompt_sizes(config.train.attention_tile, shape.piece_prompts, shape.prompt_tokens)

@@ -122,7 +122,7 @@ def layout(config: Config, devices: Sequence[jax.Device] | None = None) -> mesh.
         found = mesh.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     except ValueError as error:
         raise InputError(f"mesh: {error}") from None
-    each = config.train.microbatches if config.train.length_buckets is None else 1
+    each = config.train.microbatches if config.train.attention_tile is None else 1
     pieces = config.train.minibatches * each * found.shards
     if config.rows_per_step % pieces:
         raise InputError(
@@ -131,10 +131,10 @@ def layout(config: Config, devices: Sequence[jax.Device] | None = None) -> mesh.
             "takes one device"
         )
     microbatches, rows = config.train.microbatches, config.rows_per_step // pieces
-    if config.train.length_buckets is not None and rows < microbatches:
+    if config.train.attention_tile is not None and rows < microbatches:
         raise InputError(
             f"train.microbatches={microbatches}: must be at most {rows}, the rows of a minibatch that each of the "
-            f"mesh's {found.shards} shards gets, with train.length_buckets"
+            f"mesh's {found.shards} shards gets, with train.attention_tile"
         )
     return found
 

@@ -50,7 +50,7 @@ class Batch(NamedTuple):
       prompt_index: int32[R].
       tokens: int32[R, T], mask bool[R, T], logprobs float32[R, T] of the distribution sampled from.
       rewards: float32[R], scorable bool[R]; an unscorable row carries no weight anywhere.
-      pieces: the cut into M * A pieces of R / (M A) rows, or, with `train.length_buckets`, into streams.
+      pieces: the cut into M * A pieces of R / (M A) rows, or, with `train.attention_tile`, into streams.
     """
 
     prompts: Array

@@ -86,26 +86,6 @@ def test_on_a_mesh_sequences_and_heads_are_split() -> None:
     np.testing.assert_allclose(np.where(real[..., None, None], split - alone, 0), 0, atol=1e-5)
 
 
-def test_a_gradient_taken_inside_the_map_over_shards_is_the_plain_one() -> None:
-    """As streams take it, a group at a time."""
-    given = tuple(x[:, :6] for x in (REAL, BEFORE, *arrays()))
-    bar = jnp.where(given[0][:, :, None, None], jnp.cos(given[2]), 0)
-    layout = mesh.make(data=2, fsdp=2, tensor=2)
-
-    def gradient(kernel: str, part: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        real, before, *floats, bar = part
-        attend = attention.causal(kernel, real, before, remade=True)
-        return jax.vjp(lambda q, k, v, *prefix: attend(q, k, v, prefix), *floats)[1](bar)
-
-    @jax.jit
-    def split(*given: jax.Array) -> tuple[jax.Array, ...]:
-        shards = jax.tree.map(lambda x: x.reshape(4, len(x) // 4, *x.shape[1:]), given)
-        return layout.over_shards(lambda part: gradient(attention.INTERPRETED, part), shards)
-
-    for got, want in zip(split(*given, bar), gradient("xla", (*given, bar)), strict=True):
-        np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-5 * float(jnp.abs(want).max()), rtol=0)
-
-
 def test_prefill_and_extend_use_the_kernel_of_the_model() -> None:
     cfg = config(head_dim=128, num_layers=2)
     prompts, responses = jnp.asarray(make_tokens(cfg, (2, 6), 1)), jnp.asarray(make_tokens(cfg, (3, 5), 2))

@@ -121,8 +121,8 @@ def test_a_checkpoint_goes_on_on_another_mesh(configure, launch, options):
             r"^mesh: the step's 12 rows must divide into 8 equal pieces, .* 8 of mesh.data x mesh.fs",
         ),
         (
-            (*MESH, "train.microbatches=4", "train.length_buckets=2"),
-            r"^train.microbatches=4: must be at most 3, .* of the mesh's 4 shards gets, with train.length_buckets$",
+            (*MESH, "train.microbatches=4", "train.attention_tile=4"),
+            r"^train.microbatches=4: must be at most 3, .* of the mesh's 4 shards gets, with train.attention_tile$",
         ),
     ],
 )

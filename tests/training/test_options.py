@@ -68,7 +68,7 @@ SHOWN = {
     "controller.name": HERE + "controller_options",
     "controller.mean_rollouts": HERE + "controller_options",
     "controller.settings": HERE + "controller_options",
-    "train.length_buckets": "training/test_packing.py::test_a_run_takes_buckets",
+    "train.attention_tile": "training/test_packing.py::test_prompts_go_in_several_pieces",
     "mesh.data": "training/test_mesh_run.py::test_by_default_all_devices_are_taken",
     "mesh.fsdp": "training/test_mesh_run.py::test_a_step_on_eight_devices_is_the_step_on_one",
     "mesh.tensor": "training/test_mesh_run.py::test_a_step_on_eight_devices_is_the_step_on_one",

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdro_jax.models import attention, qwen3
-from gdro_jax.training import batching, config_io, dealing, mesh, packing, plan, setup, step
+from gdro_jax.training import batching, dealing, mesh, packing, step
 from gdro_jax.training.config import TrainConfig
 from gdro_jax.training.optimiser import make_optimiser
 
@@ -45,7 +44,7 @@ def assert_same(got, want):
         np.testing.assert_allclose(got.metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
-BUCKETS = dataclasses.replace(CONFIG, microbatches=3, length_buckets=3)
+TILES = dataclasses.replace(CONFIG, microbatches=3, attention_tile=2)
 
 
 @pytest.mark.slow
@@ -54,7 +53,7 @@ def test_the_step_does_not_depend_on_the_cut(case):
     with jax.disable_jit():
         learner = step.Learner(case.model, make_optimiser(CONFIG).init(case.model))
         want = step.update(learner, None, case.cut(CONFIG), CONFIG, 1.0)
-    got = trained(case, BUCKETS, packed(case, BUCKETS))
+    got = trained(case, TILES, packed(case, TILES))
     assert float(got.metrics["grad_norm"]) > 0.05
     assert_same(got, want)
 
@@ -72,13 +71,13 @@ VARIANTS = [
 def test_no_option_depends_on_the_cut(case, fields):
     config = dataclasses.replace(CONFIG, **fields)
     want = trained(case, config, case.cut(config))
-    config = dataclasses.replace(config, length_buckets=3)
+    config = dataclasses.replace(config, attention_tile=2)
     assert_same(trained(case, config, packed(case, config)), want)
 
 
 @pytest.mark.slow
 def test_the_signal_alone_is_the_steps(case):
-    config = dataclasses.replace(CONFIG, length_buckets=2, microbatches=3)
+    config = dataclasses.replace(CONFIG, attention_tile=2, microbatches=3)
     alone = step.surrogate_signal(case.model, None, packed(case, config), config, 1.0)
     padded = step.surrogate_signal(case.model, None, case.cut(CONFIG), CONFIG, 1.0)
     np.testing.assert_allclose(alone, padded, rtol=1e-5, atol=1e-6)
@@ -90,7 +89,7 @@ def test_eight_devices_are_one(case):
     config = dataclasses.replace(CONFIG, kl_coef=0.1)
     layout = mesh.make(data=2, fsdp=2, tensor=2)
     want = trained(case, config, case.cut(config))
-    config = dataclasses.replace(config, length_buckets=3)
+    config = dataclasses.replace(config, attention_tile=2)
     assert_same(trained(case, config, packed(case, config, layout.shards), layout), want)
 
 
@@ -100,9 +99,9 @@ def shorter(case, length):
 
 
 def test_lengths_compile_nothing(case):
-    """Other pieces and other groups are arrays of the same shapes, which is all that a program is compiled for."""
-    cuts = [packed(shorter(case, length), BUCKETS).pieces for length in (5, 3, 1)]
-    assert len({tuple(cut.of_rows.size[0]) for cut in cuts}) > 1
+    """Other pieces and other tiles are arrays of the same shapes, which is all that a program is compiled for."""
+    cuts = [packed(shorter(case, length), TILES).pieces for length in (5, 3, 1)]
+    assert len({cut.of_rows.steps.sum() for cut in cuts}) == 3
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), cut) for cut in cuts]
     assert shapes[0] == shapes[1] == shapes[2]
 
@@ -110,18 +109,19 @@ def test_lengths_compile_nothing(case):
 @pytest.mark.slow
 def test_a_stream_that_is_too_small_is_not_finite(case):
     """The lengths that the cut was made for are not those of the batch: nothing is dropped unseen."""
-    short = packed(shorter(case, 1), BUCKETS)
-    out = trained(case, BUCKETS, short._replace(mask=np.ones_like(short.mask)))
+    short = packed(shorter(case, 1), TILES)
+    out = trained(case, TILES, short._replace(mask=np.ones_like(short.mask)))
     assert float(out.metrics["skipped"]) > 0
-    batch = packed(case, BUCKETS)
-    of, shape = batch.pieces.of_rows, packing.sizes(3, 12, 3, 5, 6)
-    assert len(shape.groups) % 2 == 0 and float(trained(case, BUCKETS, batch).metrics["skipped"]) == 0
-    for size in (
-        of.size // 2 * 2,
-        np.minimum(of.size, 1),
-    ):  # groups for short prompts alone, for the shortest rows alone
-        cut = batch.pieces._replace(of_rows=of._replace(size=size))
-        assert float(trained(case, BUCKETS, batch._replace(pieces=cut)).metrics["skipped"]) > 0
+    batch = packed(case, TILES)
+    assert float(trained(case, TILES, batch).metrics["skipped"]) == 0
+    of = short.pieces.of_rows  # with tiles enough
+    cut = short.pieces._replace(of_rows=of._replace(steps=np.full_like(of.steps, 3)))
+    crowded = short._replace(mask=np.ones_like(short.mask), pieces=cut)
+    assert float(trained(case, TILES, crowded).metrics["skipped"]) > 0
+    for name in ("of_rows", "of_prompts"):
+        of = getattr(batch.pieces, name)
+        cut = batch.pieces._replace(**{name: of._replace(steps=np.maximum(of.steps - 1, 0))})  # of keys
+        assert float(trained(case, TILES, batch._replace(pieces=cut)).metrics["skipped"]) > 0
 
 
 @st.composite
@@ -137,43 +137,41 @@ def steps(draw):
     return counts, minibatches, shards, microbatches, longest, lengths, idle, draw(st.integers(1, 8))
 
 
-def assert_holds_all(of, m, tokens, before, shape):
-    """A minibatch's pieces hold its rows, of so many tokens and keys before int[S, n], each in one group that fits."""
-    number, groups, each = of.number[m], of.groups[m], tokens.shape[1]
-    assert (groups[number:] == groups[number]).all()
+def assert_holds_all(of, m, tokens, before, shapes):
+    """A minibatch's pieces hold its rows, of so many tokens and keys before int[S, n], and blocks meet all keys."""
+    (full, number), each = of.ends[m], tokens.shape[1]
+    assert 0 <= full <= number and (full == number or len(shapes) == 2)
+    assert not of.steps[m, number:].any()
     for s, inputs in enumerate(tokens):
         ends = of.pieces[m, s]
         assert ends[0] == 0 and (ends[number:] == each).all() and (np.diff(ends) >= 0).all()
-        for k in range(number):
-            held = inputs[ends[k] : ends[k + 1]]
-            keys = np.where(held > 0, before[s, ends[k] : ends[k + 1]], 0)
+        for k, shape in enumerate(shapes[int(k >= full)] for k in range(number)):
+            held, tiling = inputs[ends[k] : ends[k + 1]], shape.tiling
             assert len(held) <= shape.rows and held.sum() <= shape.tokens
-            seen = np.zeros(shape.rows, int)
-            for g in range(groups[k], groups[k + 1]):
-                first, last = of.first[m, g], of.last[m, g]
-                size, length, most = shape.groups[of.size[m, g]]
-                assert 0 <= first < last <= shape.rows and last - first <= size
-                assert held[first:last].max(initial=0) <= length
-                assert keys[first:last].max(initial=0) <= most
-                seen[first:last] += 1
-            assert seen.max() <= 1 and (seen[: len(held)][held > 0] == 1).all()
+            tiles = [
+                (-(-prompt // tiling.tokens), step + 1)
+                for row, prompt in zip(held, before[s, ends[k] : ends[k + 1]], strict=True)
+                for step in range(-(-row // tiling.tokens))
+            ]
+            assert len(tiles) <= shape.blocks * tiling.together
+            for i, needed in enumerate(sorted(tiles, reverse=True)):
+                assert (of.steps[m, k, i // tiling.together] >= needed).all()
 
 
 @given(steps(), st.integers(1, 700), st.integers(0, 9))
 @settings(deadline=None, max_examples=150)
 def test_laws(drawn, most, seed):
-    counts, minibatches, shards, microbatches, longest, lengths, idle, buckets = drawn
+    counts, minibatches, shards, microbatches, longest, lengths, idle, tile = drawn
     before = np.random.default_rng(seed).integers(1, most + 1, len(counts))
     index = batching.flat_index(counts)
     rows = batching.cut(counts, minibatches * shards, np.random.default_rng(0))
     each = rows.rows.shape[1]
-    shape = packing.sizes(buckets, each, microbatches, longest, most)
-    cut = packing.pack(rows, lengths, before, idle, shape, minibatches, most)
-    assert len(shape.groups) <= 2 * buckets and shape.groups[-1][1:] == (max(longest - 1, 1), most)
+    shape = packing.sizes(tile, each, microbatches, longest)
+    of_prompts = packing.prompt_sizes(tile, rows.prompts.shape[1], most)
+    cut = packing.pack(rows, lengths, before, idle, shape, of_prompts, minibatches, longest)
     owners = np.take_along_axis(cut.prompts, cut.local_index, axis=2)
     np.testing.assert_array_equal(owners, index[cut.rows])
     assert np.take_along_axis(cut.prompt_used, cut.local_index, axis=2).all()
-    of_prompts = packing.prompt_sizes(cut.prompts.shape[2], most)
     for m in range(minibatches):  # minibatches are what they were
         assert sorted(cut.rows[m].reshape(-1)) == sorted(rows.rows.reshape(minibatches, -1)[m])
         held = np.where(cut.prompt_used[m], before[cut.prompts[m]], 0)
@@ -197,13 +195,31 @@ def test_prompts_change_places_until_shards_have_like_work():
 def test_rows_without_a_gradient_share_pieces():
     rows = batching.cut(np.full(8, 1), 1, np.random.default_rng(0))
     idle = np.arange(8) % 2 == 0
-    cut = packing.pack(rows, np.full(8, 9), np.full(8, 3), idle, packing.sizes(2, 8, 4, 10, 3), 1, 3)
+    shapes = packing.sizes(4, 8, 4, 10), packing.prompt_sizes(4, rows.prompts.shape[1], 3)
+    cut = packing.pack(rows, np.full(8, 9), np.full(8, 3), idle, *shapes, 1, 10)
     pieces = [idle[cut.rows[0, 0, a:b]] for a, b in itertools.pairwise(cut.of_rows.pieces[0, 0, :5])]
-    assert cut.of_rows.number[0] == 4 and all(piece.all() or not piece.any() for piece in pieces)
+    assert cut.of_rows.ends[0].tolist() == [4, 4] and all(piece.all() or not piece.any() for piece in pieces)
     graded = np.ones((8, 3), bool), np.ones((8, 9), bool), np.ones(8), np.ones(8, bool)
-    kl = packing.pack_step(rows, TrainConfig(length_buckets=2), *graded)
-    none = packing.pack_step(rows, TrainConfig(length_buckets=2, kl_coef=0.0), *graded)
-    assert (kl.of_rows.number == none.of_rows.number).all()  # all rows are alike in both
+    kl = packing.pack_step(rows, TrainConfig(attention_tile=2), *graded)
+    none = packing.pack_step(rows, TrainConfig(attention_tile=2, kl_coef=0.0), *graded)
+    assert (kl.of_rows.ends == none.of_rows.ends).all()  # all rows are alike in both
+
+
+def test_no_more_pieces_than_rows_need():
+    """Also where a quarter of a stream is no whole number of tokens; rows without a gradient fill room that is left."""
+    none = np.zeros((1, 8), bool)
+    kinds, held = packing._streams(np.full((1, 8), 6), none, packing.sizes(4, 8, 8, 7))
+    assert kinds == [0] * 8 and [len(piece) for piece in held[0]] == [1] * 8
+    shapes = packing.sizes(4, 8, 4, 10)  # 20 tokens, or 5
+    for lengths, idle, want in (
+        ([9, 9, 5, 0], [0, 0, 0, 0], [0, 1]),
+        ([9, 9, 2, 0], [0, 0, 1, 1], [0]),
+        ([9, 5, 5, 9], [0, 0, 1, 1], [0, 0]),
+        ([9, 1, 5, 4], [0, 0, 1, 1], [0]),
+        ([4, 1, 9, 9], [0, 0, 1, 1], [0, 1]),
+    ):
+        kinds, held = packing._streams(np.array([lengths]), np.array([idle], bool), shapes)
+        assert kinds == want and sorted(np.concatenate(held[0])) == [0, 1, 2, 3], (lengths, kinds)
 
 
 def test_padding_by_hand():
@@ -216,46 +232,37 @@ def test_padding_by_hand():
     assert found.share(1.0, 0.0) == 1 - 12 / 32
     of = lengths, before, 9, 4, (1.0, 0.0)
     assert packing.share(rows, TrainConfig(), *of) == 1 - (12 + 12) / (32 + 16)
-    train = TrainConfig(length_buckets=2, microbatches=2)  # 2 rows of 9: pieces of 18 tokens, groups of 4 x 1 and 1 x 8
-    shape = packing.sizes(2, 4, 2, 9, 4)
-    cut = packing.pack(rows, lengths, before, np.zeros(4, bool), shape, 1, 4)
-    assert shape == (18, 4, ((4, 1, 1), (4, 1, 4), (1, 8, 1), (1, 8, 4)))  # after prompts of at most 1 or 4 tokens
-    assert packing.prompt_sizes(4, 4) == (16, 4, ((4, 1, 0), (1, 4, 0)))  # lengths 0.25 and 1 are one
+    train = TrainConfig(attention_tile=4, microbatches=2)  # 2 rows of 9: pieces of 18 tokens, a tile at a time
+    shapes = packing.step_sizes(train, 4, 4, 9, 4)
+    cut = packing.pack(rows, lengths, before, np.zeros(4, bool), *shapes, 1, 9)
+    assert shapes == (((18, 4, (4, 1)), (4, 4, (4, 1))), ((16, 4, (4, 1)), (4, 4, (4, 1))))
+    assert [shape.blocks for of_rows in shapes for shape in of_rows] == [8, 5, 8, 5]
+    assert cut.of_rows.steps[0, 0].tolist() == [[1, 2], [1, 1], [1, 1], *[[0, 0]] * 5]  # tiles of 8 tokens, and of 4
     found, prompts = packing.padding(cut, train, lengths, before, 9, 4)
-    assert found == (18, real[0], 2 * 8 * 12, real[1])  # one piece, two groups
-    cut = packing.pack(rows, lengths, np.array([3, 3, 1, 1]), np.zeros(4, bool), shape, 1, 4)
-    shorter, _ = packing.padding(cut, train, lengths, before, 9, 4)
-    assert shorter.pairs == 8 * 12 + 8 * 9  # the last row's prompt is short
-    assert prompts == (16, 4 * 3, 4 * 4 * 4, 4 * 6)  # one piece, a group a prompt
+    assert found == (18, real[0], 7 * 16, real[1])  # one piece
+    assert prompts == (16, 4 * 3, 4 * 16, 4 * 6)  # one piece, a tile a prompt
     assert 0 < found.share(1.0, 1.0) < 1
     np.testing.assert_allclose(packing.share(cut, train, *of), 1 - (12 + 4 / 3 * 12) / (18 + 4 / 3 * 16))
 
 
 def test_prompts_go_in_several_pieces(case, monkeypatch):
-    """Streams of one longest prompt's tokens, a prompt without a gradient in a piece of its own; responses in groups
-    behind short prompts and in such behind any."""
+    """Streams of one longest prompt's tokens, a prompt without a gradient in a piece of its own."""
     monkeypatch.setattr(packing, "PROMPT_TOKENS", 1)
-    config, plain = (dataclasses.replace(x, minibatches=2) for x in (BUCKETS, CONFIG))
+    config, plain = (dataclasses.replace(x, minibatches=2) for x in (TILES, CONFIG))
     batch = packed(case, config)
     assert not batch.pieces.prompt_used.all()  # places of prompts that are filled up with another
-    of = batch.pieces.of_rows
-    each, longest, prompt = batch.pieces.rows.shape[2], batch.tokens.shape[1], batch.prompts.shape[1]
-    shape = packing.sizes(3, each, 3, longest, prompt)
-    assert batch.pieces.of_prompts.number.max() > 1
-    sizes = [size for m in range(2) for size in of.size[m, : of.groups[m, of.number[m]]]]
-    assert {shape.groups[size][2] for size in sizes} == {2, 6}
+    assert batch.pieces.of_prompts.ends.max() > 1
+    assert batch.pieces.of_rows.steps[..., 0].max() > 1 < batch.pieces.of_rows.steps[..., 1].max()
     learner = step.Learner(case.model, make_optimiser(config).init(case.model))
     got = step.compiled_update()(jax.tree.map(jax.numpy.copy, learner), None, batch, config, 1.0)
     assert_same(got, trained(case, plain, case.cut(plain)))
 
 
-@pytest.mark.parametrize(
-    ("shards", "rows", "microbatches", "buckets"), [(1, 128, 64, 6), (1, 512, 64, 6), (8, 1024, 128, 12)]
-)
-def test_heavy_tails_leave_little_padding(shards, rows, microbatches, buckets):
+@pytest.mark.parametrize(("shards", "rows", "microbatches"), [(1, 128, 64), (1, 512, 64), (8, 1024, 128)])
+def test_heavy_tails_leave_little_padding(shards, rows, microbatches):
     """Geometric lengths with a mean of an eighth of the longest; work of the benchmarks' model."""
     drawn = np.minimum(np.random.default_rng(0).geometric(1 / 64, rows), 512)
-    train = TrainConfig(length_buckets=buckets, microbatches=microbatches)
+    train = TrainConfig(attention_tile=32, microbatches=microbatches)
     pieces = batching.cut(np.full(rows // 8, 8), shards, np.random.default_rng(0), 8)
     prompt = np.ones((rows // 8, 64), bool)
     mask = np.arange(512) < drawn[:, None]
@@ -271,7 +278,7 @@ def test_heavy_tailed_prompts_leave_little_padding():
     rng = np.random.default_rng(0)
     before, rows = np.minimum(rng.geometric(1 / 100, 64), 3200), 64 * 8
     before[0] = 3200
-    train = TrainConfig(length_buckets=6, microbatches=64)
+    train = TrainConfig(attention_tile=64, microbatches=64)
     pieces = batching.cut(np.full(64, 8), 1, rng, 8)
     mask = np.arange(3200) < before[:, None]
     cut = packing.pack_step(pieces, train, mask, np.ones((rows, 9), bool), np.zeros(rows), np.ones(rows, bool))
@@ -279,8 +286,9 @@ def test_heavy_tailed_prompts_leave_little_padding():
     assert streams.share(1.0, 0.0) < 0.25 and padded.share(1.0, 0.0) > 0.9
 
 
-def test_a_run_takes_buckets(configure, launch, watch_update):
-    trainer = launch(configure("run.steps=1", "train.length_buckets=2"))
+@pytest.mark.slow
+def test_a_run_takes_streams(configure, launch, watch_update):
+    trainer = launch(configure("run.steps=1", "train.attention_tile=4"))
     records, update = [], watch_update(trainer)
     assert trainer.run(records.append) and len(records) == 1
     assert np.isfinite(records[0]["loss"]) and records[0]["grad_norm"] > 0 and 0 <= records[0]["train_padding"] < 1
@@ -288,38 +296,17 @@ def test_a_run_takes_buckets(configure, launch, watch_update):
 
 
 @pytest.mark.slow
-def test_a_run_with_buckets_is_the_run_without(configure, launch):
+def test_a_run_in_streams_is_the_padded_run(configure, launch):
     runs = {}
-    for buckets in ("null", "2"):
-        config = configure("run.steps=2", f"train.length_buckets={buckets}", output=buckets)
+    for tile in ("null", "4"):
+        config = configure("run.steps=2", f"train.attention_tile={tile}", output=tile)
         trainer = launch(config)
         records = []
         assert trainer.run(records.append)
-        runs[buckets] = records, jax.tree.leaves(trainer.state.learner.model)
-    for a, b in zip(runs["2"][0], runs["null"][0], strict=True):
+        runs[tile] = records, jax.tree.leaves(trainer.state.learner.model)
+    for a, b in zip(runs["4"][0], runs["null"][0], strict=True):
         assert a["response_length"] == b["response_length"] and a["unexpected_compiles"] == 0
         np.testing.assert_allclose([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-4, atol=1e-6)
         assert 0 <= a["train_padding"] < 1 and a["train_padding"] != b["train_padding"]
-    for a, b in zip(runs["2"][1], runs["null"][1], strict=True):
+    for a, b in zip(runs["4"][1], runs["null"][1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(jax.local_device_count() < 8, reason="needs 8 host devices")
-def test_streams_on_a_mesh_take_the_kernel_of_tpus():
-    """Traced alone: the kernel's gradient is taken a group at a time, inside the map over shards."""
-    fields = {"train.prompts_per_step": "8", "controller.mean_rollouts": "2", "sampling.max_new_tokens": "17"}
-    fields |= {"train.length_buckets": "2", "mesh.fsdp": "4", "mesh.tensor": "2", "model.remat": "block"}
-    config = config_io.load(None, list(fields.items()))
-    layout = setup.layout(config)
-    architecture = qwen3.Qwen3Config(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=128
-    )
-    shape = plan.shapes(config, 8, layout)
-
-    def traced():
-        learner, batch, reference = plan._arguments(config, architecture, shape, attention.INTERPRETED)
-        return step.update(learner, reference, batch, config.train, 1.0, layout)
-
-    assert shape.shards == 4 and config.train.kl_coef > 0
-    assert jax.eval_shape(traced).signal.shape == (8,)

@@ -36,10 +36,10 @@ def test_shapes_and_flops_by_hand():
     assert plan.flops(configured("train.kl_coef=0.1"), tiny, shape) == 2 * (4 * blocks + 4 * head)
 
 
-def test_shapes_and_flops_with_length_buckets():
-    config = configured("train.length_buckets=2", "sampling.max_new_tokens=33")
+def test_shapes_and_flops_with_attention_tile():
+    config = configured("train.attention_tile=4", "sampling.max_new_tokens=33")
     shape = plan.shapes(config, 8)
-    assert shape.packed == (132, 8, ((8, 2, 2), (8, 2, 8), (1, 32, 2), (1, 32, 8)))
+    assert shape.packed == ((132, 8, (4, 8)), (33, 8, (4, 2)))
     assert shape.piece_prompts == 4 and shape.pieces == 2
     tiny = qwen3.Qwen3Config(
         vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
@@ -51,8 +51,9 @@ def test_shapes_and_flops_with_length_buckets():
     uneven = shape._replace(pieces=3)  # as on shards whose rows microbatches do not divide: no row is left out
     assert plan.flops(config, tiny, uneven) == pytest.approx(prompts + 2 * responses)
     said = plan.text(config, tiny, shape, plan.Compiled(1.0), chips.CHIPS["TPU v5 lite"])
-    assert "132 tokens of at most 8 rows" in said and "8 x 2 after 2, 8 x 2 after 8, 1 x 32 after 2" in said
-    assert "4 an update, before its pieces, in pieces of 32 tokens; attention in groups of 4 x 1" in said
+    assert "132 tokens of at most 8 rows or 33 tokens of at most 8 rows; 1 updates" in said
+    assert "4 an update, before its pieces, in pieces of 32 or 8 tokens" in said
+    assert "tiles of 4 queries by as many keys" in said
 
 
 def test_what_does_not_fit_says_what_to_turn():

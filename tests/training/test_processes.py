@@ -156,7 +156,7 @@ def test_two_processes_do_all_that_one_does_and_one_goes_on_with_it(tmp_path, ti
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "stratum": "ab"[i % 2]} for i in range(2)]
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = {"sampling.gap_tolerance": 0.05, "eval.data": tmp_path / "heldout.jsonl", "eval.samples": 2, "eval.k": 2}
-    more |= {"train.length_buckets": 2, "controller.mean_rollouts": 2, "run.steps": 2, "data.template": "plain"}
+    more |= {"train.attention_tile": 2, "controller.mean_rollouts": 2, "run.steps": 2, "data.template": "plain"}
     one = {"mesh.fsdp": 1, "mesh.data": 1}
     assert cli.main(["train", *settings(tmp_path, tiny_folder, "alone", **more, **one)]) == 0
     together = settings(tmp_path, tiny_folder, "both", **more | {"mesh.fsdp": 4, "run.steps": 1})

@@ -40,40 +40,51 @@ def test_the_published_steps_on_tpu_slices() -> None:
         if line.get("program") != "sampler":
             pieces = config["train"]["minibatches"] * config["train"]["microbatches"] * line["shape"]["shards"]
             assert line["fits"] and line["shape"]["pieces"] == pieces
-            assert (line["shape"]["packed"] is not None) == ("length_buckets" in config["train"])
+            assert (line["shape"]["packed"] is not None) == ("attention_tile" in config["train"])
     for model, *cells in table("| model | data x fsdp x tensor |"):
         update, sampler = updates[model]["gib"], samplers[model]
+        config = yaml.safe_load((ROOT / "experiments" / "configs" / updates[model]["config"]).read_text())
+        train, mesh = config["train"], updates[model]["mesh"]
+        assert cells[0] == f"{mesh['data']} x {mesh['fsdp']} x {mesh['tensor']}"
+        assert cells[1] == f"{train['microbatches']}, tiles of {train['attention_tile']}"
+        assert cells[2] == str(config["sampling"]["slots"])
         assert cells[3] == f"{update['total']:.1f}"
         assert cells[4:] == [f"{sampler[name]['gib']['total']:.1f}" for name in ("start", "segment", "growing")]
         assert all(sampler[name]["fits"] for name in ("start", "segment", "growing"))
 
 
 def test_padding_of_the_published_steps() -> None:
-    lines = results("length_buckets_published.jsonl")
+    """Within 15 % as they are shipped, prompts included."""
+    lines = results("packing_published.jsonl")
     for row, line in zip(table("| model, `mesh.tensor`, mean length |"), lines, strict=True):
-        padded, eight, twelve = (line[f"{n} buckets"] for n in (None, 8, 12))
+        padded, small, large = (line[name] for name in ("padded", "tiles of 128", "tiles of 256"))
         cells = [f"{line['model']}, {line['tensor']}, {line['mean']}"]
         for share in ("of_flops", "of_all_flops"):
-            cells.append(", ".join(f"{x[share]:.0%}"[:-1] for x in (padded, eight, twelve)) + " %")
-        work = eight["all_flops_forward"] / padded["all_flops_forward"]
-        assert row == [*cells, percent(eight["prompts_share"]), f"{work:.2f}"]
+            cells.append(", ".join(f"{x[share]:.0%}"[:-1] for x in (padded, small, large)) + " %")
+        work = large["all_flops_forward"] / padded["all_flops_forward"]
+        assert row == [*cells, percent(large["prompts_share"]), f"{work:.2f}"]
+        file = f"qwen3_{line['model'].lower().replace('.', '_')}_dapo.yaml"
+        config = yaml.safe_load((ROOT / "experiments" / "configs" / file).read_text())
+        assert config["train"]["attention_tile"] == 256
+        if config["mesh"]["tensor"] == line["tensor"]:
+            assert large["of_all_flops"] <= 0.15
 
 
 def test_padding_of_streams() -> None:
-    padding = results("length_buckets.json")[0]["padding"]
-    for setting, *cells in table("| `length_buckets`, `microbatches` | padding of tokens |"):
-        name = "padded" if setting == "off" else "{} buckets, {} microbatches".format(*setting.split(", "))
+    padding = results("packing.json")[0]["padding"]
+    for setting, *cells in table("| `attention_tile`, `microbatches` | padding of tokens |"):
+        name = "padded" if setting == "off" else "tiles of {}, {} microbatches".format(*setting.split(", "))
         got = padding[name]
         assert cells[:3] == [percent(got[kind]) for kind in ("of_tokens", "of_pairs", "of_flops")]
 
 
 def test_padding_on_a_mesh() -> None:
     rows = table("| shards, rows, `microbatches` | padding of tokens |")
-    for row, line in zip(rows, results("length_buckets_mesh.jsonl"), strict=True):
-        most = line["12 buckets"]
-        flops = ", ".join(f"{line[f'{n} buckets']['of_flops']:.0%}"[:-1] for n in (6, 8, 12))
+    for row, line in zip(rows, results("packing_mesh.jsonl"), strict=True):
+        middle = line["tiles of 32"]
+        flops = ", ".join(f"{line[f'tiles of {n}']['of_flops']:.0%}"[:-1] for n in (16, 32, 64))
         setting = f"{line['shards']}, {line['rows']}, {line['microbatches']}"
-        assert row == [setting, percent(most["of_tokens"]), percent(most["of_pairs"]), f"{flops} %"]
+        assert row == [setting, percent(middle["of_tokens"]), percent(middle["of_pairs"]), f"{flops} %"]
 
 
 def test_time_and_memory_next_to_the_peer() -> None:
