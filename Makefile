@@ -9,7 +9,8 @@ SOURCES := gdro_jax experiments tests tpu
 demo: .venv/installed
 	$(BIN)/gdro compare --config experiments/configs/demo.yaml
 
-test: lint types unit
+test: lint
+	@$(MAKE) --no-print-directory -j2 types unit
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check $(SOURCES)

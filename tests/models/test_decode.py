@@ -10,8 +10,10 @@ from model_cases import CASES, make_model, make_tokens
 
 from gdro_jax.models import decode, qwen3
 
+SLOW_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (2, 3)]
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
+
+@pytest.mark.parametrize("size", [1, 8, *SLOW_SIZES])
 @pytest.mark.parametrize(("slots", "prompts"), [(1, 1), (7, 3), (12, 1), (12, 30), (16, 4)])
 def test_every_slot_has_a_lane_of_a_tile_of_its_prompt(slots: int, prompts: int, size: int) -> None:
     for seed in range(5):

@@ -167,7 +167,7 @@ def test_what_other_devices_force_may_differ_on_resume(configure):
 
 @pytest.mark.slow
 def test_a_run_resumed_with_what_other_devices_force_is_the_same_up_to_rounding(configure, launch, heldout):
-    settings = (*SAMPLED, *heldout, "run.steps=4", "train.minibatches=2", "train.length_buckets=null")
+    settings = (*SAMPLED, *heldout, "run.steps=4", "train.minibatches=2", "train.attention_tile=null")
     whole = train(launch(configure(*settings, output="whole")))
     parts = train(launch(configure(*settings, output="parts")), stop_at=2)
     parts += train(launch(configure(*settings, *FORCED, output="parts")))
@@ -268,6 +268,7 @@ def test_a_stop_while_sampling_leaves_within_a_segment(configure, launch, tmp_pa
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_stop_while_evaluating_leaves_within_a_segment(configure, launch, heldout, tmp_path, monkeypatch):
     """The evaluation that was under way is as if it had not begun."""
     monkeypatch.setattr(Trainer, "try_update", lambda trainer: None)
@@ -335,7 +336,7 @@ def test_the_step_compiles_once(configure, launch, watch_update):
     assert trainer.compiles.count == compiles[-1]
 
 
-MANY = pytest.param(("train.length_buckets=2", "train.minibatches=2", "train.optimiser=muon"), marks=pytest.mark.slow)
+MANY = pytest.param(("train.attention_tile=4", "train.minibatches=2", "train.optimiser=muon"), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("options", [(), MANY])
