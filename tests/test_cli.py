@@ -553,14 +553,14 @@ def test_compare(tmp_path, tiny_folder, problems, capsys):
                     "output": str(out),
                     "methods": {
                         "uniform": None,
-                        "half": {"controller": {"name": "uniform"}, "train": {"kl_coef": 0.5}},
+                        "half": {"controller": {"name": "uniform"}, "train": {"max_skipped": 5}},
                     },
                 },
                 "model": {"path": str(tiny_folder)},
                 "data": {"train": str(problems)},
                 "eval": {"data": str(problems), "samples": 2, "k": 2},
-                "sampling": {"max_new_tokens": 2},
-                "train": {"prompts_per_step": 3},
+                "sampling": {"max_new_tokens": 2, "gap_tolerance": None},
+                "train": {"prompts_per_step": 3, "kl_coef": 0.0},
                 "mesh": {"data": 1},
                 "run": {"steps": 2, "save_model": False},
             },
@@ -581,7 +581,7 @@ def test_compare(tmp_path, tiny_folder, problems, capsys):
     assert {line["step"] for line in last.values()} == {2}
     assert {line["ledger"]["rollouts"] for line in last.values()} == {24}
     config = config_io.load(out / "half-seed4" / "config.yaml")
-    assert (config.controller.name, config.train.kl_coef, config.run.seed) == ("uniform", 0.5, 4)
+    assert (config.controller.name, config.train.max_skipped, config.run.seed) == ("uniform", 5, 4)
     first = {label: json.loads(text.splitlines()[1]) for label, text in logs.items()}
     one, two = first["uniform-seed4"], first["half-seed4"]  # the same prompts, sampled with the same keys
     assert one["strata"] == two["strata"] and one["response_length"] == two["response_length"]

@@ -91,6 +91,7 @@ def test_devices_give_the_one_device_number(aggregate, devices):
     assert_same(got, want)
 
 
+@pytest.mark.slow
 @needs_devices
 def test_the_one_pass_loss_on_devices():
     batch, prompts = step()

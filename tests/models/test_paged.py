@@ -50,7 +50,11 @@ def check_conserved(state: pages.Pages, length: np.ndarray, writing: Writing) ->
 
 @pytest.mark.parametrize(
     ("unrolled", "reader"),
-    [pytest.param(decode.UNROLLED, "gather", marks=pytest.mark.slow), (0, "gather"), (0, "kernel")],
+    [
+        pytest.param(decode.UNROLLED, "gather", marks=pytest.mark.slow),
+        pytest.param(0, "gather", marks=pytest.mark.slow),
+        (0, "kernel"),
+    ],
 )
 def test_slots_at_different_positions_read_their_own_context_only(monkeypatch, interpreted, unrolled, reader) -> None:
     """Decode steps of four slots that come and go, by whole sequences; pages hold rubbish wherever nothing was put."""

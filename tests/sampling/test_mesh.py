@@ -36,8 +36,9 @@ def on_mesh(model: Qwen3, shape: dict[str, int]) -> tuple[Qwen3, jax.sharding.Me
 
 @pytest.mark.parametrize(
     ("shape", "slots"),
-    [pytest.param({"data": 8}, None, marks=pytest.mark.slow), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)],
+    [({"data": 8}, None), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)],
 )
+@pytest.mark.slow
 def test_eight_devices_sample_what_one_does(tiny_model, alone, shape, slots):
     model, mesh = on_mesh(tiny_model, shape)
     got = Sampler(model, SamplingConfig(**SETTINGS, slots=slots), mesh)(PROMPTS, INDEX, KEY)
