@@ -138,8 +138,10 @@ def _splash(seen: jax.Array, interpret: bool) -> Attend:
             return local(q, k, v, seen)
         heads = TENSOR_AXIS if TENSOR_AXIS in free and k.shape[2] % mesh.shape[TENSOR_AXIS] == 0 else None
         spec = jax.P(None, None, heads, None)
-        split = functools.partial(jax.shard_map, axis_names=free, check_vma=False)
-        return split(local, in_specs=(spec, spec, spec, jax.P()), out_specs=spec)(q, k, v, seen)
+        split = jax.shard_map(
+            local, in_specs=(spec, spec, spec, jax.P()), out_specs=spec, axis_names=free, check_vma=False
+        )
+        return split(q, k, v, seen)
 
     return flash
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from gdro_jax import precision
 from gdro_jax.models import qwen3
+from gdro_jax.models.recompute import MASKED, grouped, ungrouped
 
 _product = precision.einsum
 
-MASKED, LOWEST = -1e30, -1e20  # of scores, and of what their maximum starts at: a masked one weighs exactly 0
+LOWEST = -1e20  # what the scores' maximum starts at, above `MASKED`: a masked score weighs exactly 0
 
 
 class Tiling(NamedTuple):
@@ -207,7 +208,7 @@ def _forward(tiling: Tiling, arrays: Arrays, tiles: _Tiles) -> tuple[jax.Array, 
 
     def block(number: jax.Array, carry: tuple) -> tuple:
         some = tiles.block(number, tiling.together)
-        queries = _queries(_windows(q, some.start(tiling.tokens), tiling.tokens), kv_heads)
+        queries = grouped(_windows(q, some.start(tiling.tokens), tiling.tokens), kv_heads)
         state = jnp.full(queries.shape[:-1], LOWEST), jnp.zeros(queries.shape[:-1]), jnp.zeros(queries.shape)
 
         def add(state: tuple, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple:
@@ -231,8 +232,8 @@ def _forward(tiling: Tiling, arrays: Arrays, tiles: _Tiles) -> tuple[jax.Array, 
         top, total, out = jax.lax.fori_loop(0, some.steps[1], behind, state)
         total = jnp.maximum(total, 1e-37)
         real = _real(some, tiling)
-        out = jnp.where(real[..., None, None], _tokens(out / total[..., None], tiling.tokens), 0)
-        logsum = jnp.where(real[..., None], _tokens((top + jnp.log(total))[..., None], tiling.tokens)[..., 0], 0)
+        out = jnp.where(real[..., None, None], ungrouped(out / total[..., None], tiling.tokens), 0)
+        logsum = jnp.where(real[..., None], ungrouped((top + jnp.log(total))[..., None], tiling.tokens)[..., 0], 0)
         start = some.start(tiling.tokens)
         return _add_windows(carry[0], start, out.astype(q.dtype)), _add_windows(carry[1], start, logsum)
 
@@ -253,9 +254,9 @@ def _backward(tiling: Tiling, saved: tuple, bar: jax.Array) -> tuple:
     def block(number: jax.Array, sums: tuple) -> tuple:
         some = tiles.block(number, tiling.together)
         start, real = some.start(tiling.tokens), _real(some, tiling)
-        queries, bars = (_queries(_windows(x, start, tiling.tokens), kv_heads) for x in (q, bar_padded))
-        shift, slope = (_queries(_windows(x, start, tiling.tokens)[..., None], kv_heads) for x in (logsum, delta))
-        seen = _queries(jnp.broadcast_to(real[..., None, None], (*real.shape, heads, 1)), kv_heads)
+        queries, bars = (grouped(_windows(x, start, tiling.tokens), kv_heads) for x in (q, bar_padded))
+        shift, slope = (grouped(_windows(x, start, tiling.tokens)[..., None], kv_heads) for x in (logsum, delta))
+        seen = grouped(jnp.broadcast_to(real[..., None, None], (*real.shape, heads, 1)), kv_heads)
 
         def grads(key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple:
             weights = jnp.where(seen, jnp.exp(_scores(queries, key, mask) - shift), 0)
@@ -288,7 +289,7 @@ def _backward(tiling: Tiling, saved: tuple, bar: jax.Array) -> tuple:
         if len(arrays) > 3:
             carry = jax.lax.fori_loop(0, some.steps[0], ahead, carry)
         of_queries, *rest = jax.lax.fori_loop(0, some.steps[1], behind, carry)
-        of_queries = jnp.where(real[..., None, None], _tokens(of_queries, tiling.tokens), 0)
+        of_queries = jnp.where(real[..., None, None], ungrouped(of_queries, tiling.tokens), 0)
         return _add_windows(sums[0], start, of_queries), *rest
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v, *arrays[3:]))
@@ -333,20 +334,8 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """float32[G, K, A B, B] of queries [G, K, A B, C] and keys [G, B, K, C], masked."""
     scores = _product("gkac,gukc->gkau", q, k) * q.shape[-1] ** -0.5
     together, kv_heads, _, size = scores.shape
-    grouped = scores.reshape(together, kv_heads, -1, size, size)
-    return jnp.where(mask[:, None, None], grouped, MASKED).reshape(scores.shape)
-
-
-def _queries(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[G, B, H, ...] as [G, K, A B, ...]."""
-    together, size, _, last = x.shape
-    return x.reshape(together, size, kv_heads, -1, last).transpose(0, 2, 3, 1, 4).reshape(together, kv_heads, -1, last)
-
-
-def _tokens(x: jax.Array, size: int) -> jax.Array:
-    """Back: [G, K, A B, C] as [G, B, H, C]."""
-    together, kv_heads, _, last = x.shape
-    return x.reshape(together, kv_heads, -1, size, last).transpose(0, 3, 1, 2, 4).reshape(together, size, -1, last)
+    by_query = scores.reshape(together, kv_heads, -1, size, size)
+    return jnp.where(mask[:, None, None], by_query, MASKED).reshape(scores.shape)
 
 
 def _windows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:

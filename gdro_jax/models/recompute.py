@@ -52,11 +52,20 @@ def _block(q: jax.Array, parts: list[Part], start: int, size: int) -> jax.Array:
     cut = [(k, v, mask[:, start:end]) for k, v, mask in parts[:-1]]
     cut.append((k[:, :end], v[:, :end], mask[:, start:end, :end]))
     k, v, mask = (jnp.concatenate(x, axis) for x, axis in zip(zip(*cut, strict=True), (1, 1, 2), strict=True))
-    n, s, h, c = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(n, s, kv_heads, -1, c).transpose(0, 2, 3, 1, 4).reshape(n, kv_heads, -1, c)
-    mixed = _attend(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-    return mixed.reshape(n, kv_heads, -1, s, c).transpose(0, 3, 1, 2, 4).reshape(n, s, h, c)
+    mixed = _attend(grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    return ungrouped(mixed, q.shape[1])
+
+
+def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[N, S, H, C] as [N, K, A, C]: a KV head's queries together."""
+    n, s, _, c = x.shape
+    return x.reshape(n, s, kv_heads, -1, c).transpose(0, 2, 3, 1, 4).reshape(n, kv_heads, -1, c)
+
+
+def ungrouped(x: jax.Array, queries: int) -> jax.Array:
+    """Back: [N, K, A, C] of S queries as [N, S, H, C]."""
+    n, kv_heads, _, c = x.shape
+    return x.reshape(n, kv_heads, -1, queries, c).transpose(0, 3, 1, 2, 4).reshape(n, queries, -1, c)
 
 
 @jax.custom_vjp
@@ -69,8 +78,8 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """float32[N, K, A, U], masked."""
     scores = _product("nkac,nkuc->nkau", q, k) * q.shape[-1] ** -0.5
     n, kv_heads, _, u = scores.shape
-    grouped = scores.reshape(n, kv_heads, -1, mask.shape[1], u)
-    return jnp.where(mask[:, None, None], grouped, MASKED).reshape(scores.shape)
+    by_query = scores.reshape(n, kv_heads, -1, mask.shape[1], u)
+    return jnp.where(mask[:, None, None], by_query, MASKED).reshape(scores.shape)
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
