@@ -60,6 +60,21 @@ def test_values_and_gradients_are_those_of_padded_rows(tiny_model, want, tiling,
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.slow
+def test_bfloat16_is_close(tiny_model, want):
+    """To the numbers of float32, gradients of the float32 parameters too."""
+    model = qwen3.Qwen3(TINY, tiny_model.arrays(), "bfloat16")
+    run = lambda model: in_streams(model, ragged.Tiling(4, 3), 31)  # noqa: E731
+    got = jax.jit(run)(model)
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
+    for a, b in zip(got, want[0], strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=0.05 * np.abs(b).max())
+    grads = jax.jit(jax.grad(lambda model: weighed(run(model))))(model)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want[1]), strict=True):
+        assert a.dtype == jnp.float32
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+
+
 def test_keys_that_are_left_out_make_all_nan(tiny_model):
     out, _ = jax.jit(lambda model: in_streams(model, ragged.Tiling(4, 3), 31, fewer=1))(tiny_model)
     assert np.isnan(np.asarray(out)[REAL]).all()

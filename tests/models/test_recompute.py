@@ -65,7 +65,9 @@ def test_no_weights_are_kept_for_the_gradient():
 @pytest.mark.slow
 def test_bfloat16_is_close():
     case = problem(70, 3, jnp.bfloat16)
-    out = recompute.attend(*case)
-    wide = naive(*jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, case))
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), wide, rtol=0.05, atol=0.03)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, case)
+    out, got = recompute.attend(*case), jax.tree.leaves(gradients(recompute.attend, *case))
+    assert {x.dtype for x in (out, *got)} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(out.astype(jnp.float32), naive(*wide), rtol=0.05, atol=0.03)
+    for a, b in zip(got, jax.tree.leaves(gradients(naive, *wide)), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=0.03 * np.abs(b).max())
