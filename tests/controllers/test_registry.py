@@ -81,5 +81,5 @@ def test_bad_sizes(field, value):
 
 def test_one_rollout_a_prompt_is_possible():
     rule = controllers.make("rollout_gdro", num_prompts=9, prompts_per_step=3, mean_rollouts=1)
-    plan, _ = rule.plan(rule.init(jax.random.key(0)), np.arange(3, dtype=np.int32), jax.random.key(1))
+    plan, _ = jax.jit(rule.plan)(rule.init(jax.random.key(0)), np.arange(3, dtype=np.int32), jax.random.key(1))
     assert plan.rollouts.tolist() == [1, 1, 1]

@@ -53,7 +53,7 @@ def check_conserved(state: pages.Pages, length: np.ndarray, writing: Writing) ->
     [
         pytest.param(decode.UNROLLED, "gather", marks=pytest.mark.slow),
         pytest.param(0, "gather", marks=pytest.mark.slow),
-        (0, "kernel"),
+        pytest.param(0, "kernel", marks=pytest.mark.slow),
     ],
 )
 def test_slots_at_different_positions_read_their_own_context_only(monkeypatch, interpreted, unrolled, reader) -> None:
@@ -124,8 +124,7 @@ def test_pages_come_and_go_for_as_long_as_there_are_any(page: int) -> None:
     assert grown == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rows_at_once", [5, 2])
+@pytest.mark.parametrize("rows_at_once", [5, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_kernel_reads_what_plain_jax_reads(monkeypatch, interpreted, rows_at_once) -> None:
     monkeypatch.setattr(paged, "_TABLE_BYTES", rows_at_once * 128 * 4)
     rng = np.random.default_rng(0)

@@ -80,6 +80,7 @@ def test_keys_that_are_left_out_make_all_nan(tiny_model):
     assert np.isnan(np.asarray(out)[REAL]).all()
 
 
+@pytest.mark.slow
 def test_shards_of_unlike_rows(tiny_model):
     """Mapped over: one with all rows and one with hardly any, which meets as many tiles."""
     tiling, lengths = ragged.Tiling(4, 3), np.stack([RESPONSES, [0, 2, 0, 0, 0, 0]])

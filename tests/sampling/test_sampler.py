@@ -77,7 +77,8 @@ def test_greedy_does_not_depend_on_the_key(tiny_model):
     np.testing.assert_array_equal(one.tokens, two.tokens)
 
 
-@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
+@pytest.mark.slow  # in the gate test_agreement compares the two
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_the_full_logits_and_the_trainers(tiny_model, full_logits, temperature):
     out = jax.device_get(sampler(tiny_model, temperature=temperature)(PROMPTS, INDEX, KEY))
     for row, owner in enumerate(INDEX):

@@ -138,6 +138,7 @@ def test_a_server_that_stops_reading_new_weights_ends_the_run_before_they_are_tr
     assert [record["step"] for record in records] == [1] and trainer.checkpoints.latest() == 1
 
 
+@pytest.mark.slow  # the check itself is test_agreement's
 def test_a_server_with_other_weights_is_refused(server, configure, launch, tmp_path, tiny_model):
     server.stops = (1,)
     server.load()
