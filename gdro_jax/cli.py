@@ -20,7 +20,7 @@ _UNUSED = {  # sections and fields that a command does not look at: giving one i
     "train": ("compare",),
     "compare": ("run.seed", "run.output", "controller.name"),
     "plan": (
-        *("reward", "eval", "compare", "run", "sampling.top_p", "sampling.top_k", "sampling.slots"),
+        *("reward", "eval", "compare", "run", "sampling.top_p", "sampling.top_k"),
         *("controller.settings", "data.contamination", "data.benchmarks"),
     ),
     "eval": (

@@ -543,9 +543,10 @@ class Config:
 
     def __post_init__(self) -> None:
         pieces = self.train.minibatches * self.train.microbatches
-        ok = self.rows_per_step % pieces == 0
-        allowed = f"such that minibatches * microbatches divides the step's {self.rows_per_step} rows"
-        _check(ok, "train", "minibatches", self.train.minibatches, allowed)
+        rows = self.rows_per_step
+        name = "minibatches" if rows % self.train.minibatches else "microbatches"
+        allowed = f"such that minibatches * microbatches, here {pieces}, divides the step's {rows} rows"
+        _check(rows % pieces == 0, "train", name, getattr(self.train, name), allowed)
         buffer = self.reward.overlong_buffer
         ok = buffer is None or buffer <= self.sampling.max_new_tokens
         allowed = f"at most sampling.max_new_tokens={self.sampling.max_new_tokens}"

@@ -120,6 +120,9 @@ def check(config: Config) -> None:
     file = folder / "config.yaml"
     if config.run.save_model:
         hf.check_target(folder / MODEL)  # not only once all is trained
+    checkpoints = folder / "checkpoints"
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise InputError(f"run.output={config.run.output!r}: {checkpoints} must be a folder, it is a file")
     if file.exists():
         found = config_io.load(file)
         mine, theirs = config_io.to_dict(config), config_io.to_dict(found)

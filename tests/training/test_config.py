@@ -148,6 +148,7 @@ def test_floats_in_every_spelling(text, value):
         ("train", "minibatches", 0),
         ("train", "minibatches", 3),  # does not divide 64 * 4
         ("train", "microbatches", 0),
+        ("train", "microbatches", 7),
         ("train", "learning_rate", 0.0),
         ("train", "learning_rate", float("nan")),
         ("train", "learning_rate", float("inf")),

@@ -188,6 +188,13 @@ def test_a_folder_that_lost_its_configuration_is_refused(configure, launch, tmp_
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_a_file_where_the_checkpoints_go_is_refused(configure, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    with pytest.raises(InputError, match=r"run\.output=.*checkpoints must be a folder, it is a file"):
+        run_folder.check(configure())
+
+
 def test_a_log_that_does_not_fit_the_checkpoint_is_refused(configure, launch, tmp_path):
     train(launch(configure("run.steps=3")))
     file = tmp_path / "run" / "metrics.jsonl"

@@ -133,6 +133,7 @@ def test_the_command_compiles_the_step_for_this_device(tiny_folder, capsys):
     [
         (["--topology", "v5e:0x9"], "--topology=v5e:0x9"),
         (["--model.path=missing-folder"], "missing-folder"),
+        (["--sampling.slots=8", "--topology", "v5e:0x9"], "--topology=v5e:0x9"),  # it plans with the slots
         (["--run.steps=5"], "--run.steps does nothing in gdro plan"),
     ],
 )
