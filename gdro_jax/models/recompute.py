@@ -6,6 +6,8 @@ from one pass to the other. Queries go a block at a time, so that keys which lie
 Letters: N rows, S queries, U keys, H heads, K KV heads, C head size, A queries of a KV head's group, H / K * S.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -52,7 +54,8 @@ def _block(q: jax.Array, parts: list[Part], start: int, size: int) -> jax.Array:
     cut = [(k, v, mask[:, start:end]) for k, v, mask in parts[:-1]]
     cut.append((k[:, :end], v[:, :end], mask[:, start:end, :end]))
     k, v, mask = (jnp.concatenate(x, axis) for x, axis in zip(zip(*cut, strict=True), (1, 1, 2), strict=True))
-    mixed = _attend(grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    q, scale = _scaled(q)
+    mixed = _attend(scale, grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
     return ungrouped(mixed, q.shape[1])
 
 
@@ -68,10 +71,10 @@ def ungrouped(x: jax.Array, queries: int) -> jax.Array:
     return x.reshape(n, kv_heads, -1, queries, c).transpose(0, 3, 1, 2, 4).reshape(n, queries, -1, c)
 
 
-@jax.custom_vjp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """q [N, K, A, C], k, v [N, K, U, C], mask bool[N, S, U] -> [N, K, A, C]."""
-    return _forward(q, k, v, mask)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [N, K, A, C], k, v [N, K, U, C], mask bool[N, S, U] -> [N, K, A, C]; scores are `scale` q k."""
+    return _forward(scale, q, k, v, mask)[0]
 
 
 def _scaled(q: jax.Array) -> tuple[jax.Array, float]:
@@ -80,9 +83,8 @@ def _scaled(q: jax.Array) -> tuple[jax.Array, float]:
     return (q * scale, 1.0) if q.dtype == jnp.float32 else (q, scale)
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def _scores(scale: float, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """float32[N, K, A, U], masked."""
-    q, scale = _scaled(q)
     scores = _product("nkac,nkuc->nkau", q, k) * scale
     n, kv_heads, _, u = scores.shape
     by_query = scores.reshape(n, kv_heads, -1, mask.shape[1], u)
@@ -98,8 +100,10 @@ def _of_keys(x: jax.Array, weights: jax.Array) -> jax.Array:
     return _product("...ac,...au->...cu", x, weights).swapaxes(-1, -2)
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    scores = _scores(q, k, mask)
+def _forward(
+    scale: float, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = _scores(scale, q, k, mask)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
@@ -107,15 +111,14 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple
     return out, (q, k, v, mask, out, top + jnp.log(total))
 
 
-def _backward(saved: tuple[jax.Array, ...], bar: jax.Array) -> tuple:
+def _backward(scale: float, saved: tuple[jax.Array, ...], bar: jax.Array) -> tuple:
     q, k, v, mask, out, logsum = saved
-    weights = jnp.exp(_scores(q, k, mask) - logsum)
+    weights = jnp.exp(_scores(scale, q, k, mask) - logsum)
     v_bar = _of_keys(bar, weights.astype(v.dtype))
     slope = (bar.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-    scaled_q, scale = _scaled(q)
     scores_bar = (weights * (_product("nkac,nkuc->nkau", bar, v) - slope) * scale).astype(q.dtype)
-    q_bar = _product("nkau,nkuc->nkac", scores_bar, k) * (q.shape[-1] ** -0.5 / scale)
-    return q_bar.astype(q.dtype), _of_keys(scaled_q, scores_bar).astype(k.dtype), v_bar.astype(v.dtype), None
+    q_bar = _product("nkau,nkuc->nkac", scores_bar, k)
+    return q_bar.astype(q.dtype), _of_keys(q, scores_bar).astype(k.dtype), v_bar.astype(v.dtype), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -166,7 +166,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     junk=st.lists(JUNK, min_size=5, max_size=5),
     mask=st.lists(st.booleans(), min_size=12, max_size=12),

@@ -48,14 +48,8 @@ def check_conserved(state: pages.Pages, length: np.ndarray, writing: Writing) ->
     assert sorted(free + held(state, length, writing)) == list(range(len(state.free)))
 
 
-@pytest.mark.parametrize(
-    ("unrolled", "reader"),
-    [
-        pytest.param(decode.UNROLLED, "gather", marks=pytest.mark.slow),
-        pytest.param(0, "gather", marks=pytest.mark.slow),
-        pytest.param(0, "kernel", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("unrolled", "reader"), [(decode.UNROLLED, "gather"), (0, "gather"), (0, "kernel")])
 def test_slots_at_different_positions_read_their_own_context_only(monkeypatch, interpreted, unrolled, reader) -> None:
     """Decode steps of four slots that come and go, by whole sequences; pages hold rubbish wherever nothing was put."""
     monkeypatch.setattr(decode, "UNROLLED", unrolled)

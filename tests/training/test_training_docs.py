@@ -99,6 +99,8 @@ def test_time_and_memory_next_to_the_peer() -> None:
         assert row[1:5] == [str(ours["cores"]), *(f"{s:.1f}" for s in seconds), f"{seconds[0] / seconds[1]:.2f}"]
         assert row[6:9] == [f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"{memory[0] / memory[1]:.2f}"]
         assert row[10] == f"{ours['share_of_matrix_rate']:.2f}"
+    apart = max(ours.get("difference_from_naive") or 0 for ours, _ in pairs)
+    assert f"at most {apart:.1e} apart".replace("e-0", "e-") in " ".join(DOCS.split())
 
 
 def test_what_a_kernel_for_the_head_could_win() -> None:
