@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdro_jax.training import batching, dealing, mesh, packing, step
+from gdro_jax.training import packed as packed_step
 from gdro_jax.training.config import TrainConfig
 from gdro_jax.training.optimiser import make_optimiser
 
@@ -246,16 +247,63 @@ def test_padding_by_hand():
 
 
 def test_prompts_go_in_several_pieces(case, monkeypatch):
-    """Streams of one longest prompt's tokens, a prompt without a gradient in a piece of its own."""
+    """Streams of one longest prompt's tokens; a piece without a gradient is not run backward."""
     monkeypatch.setattr(packing, "PROMPT_TOKENS", 1)
+    rewards = np.where(case.batch.prompt_index == 1, 1.0, case.batch.rewards).astype(np.float32)
+    case = dataclasses.replace(case, batch=case.batch._replace(rewards=rewards))
     config, plain = (dataclasses.replace(x, minibatches=2) for x in (TILES, CONFIG))
     batch = packed(case, config)
     assert not batch.pieces.prompt_used.all()  # places of prompts that are filled up with another
     assert batch.pieces.of_prompts.ends.max() > 1
     assert batch.pieces.of_rows.steps[..., 0].max() > 1 < batch.pieces.of_rows.steps[..., 1].max()
     learner = step.Learner(case.model, make_optimiser(config).init(case.model))
+    passes = {name: watch_passes(monkeypatch, name) for name in ("_prefill", "_hidden")}
     got = step.compiled_update()(jax.tree.map(jax.numpy.copy, learner), None, batch, config, 1.0)
+    jax.effects_barrier()
     assert_same(got, trained(case, plain, case.cut(plain)))
+    for name, (number, moving) in pieces_of(batch).items():
+        assert 0 < moving < number
+        twice = moving if name == "_prefill" else 0  # prompts are run a second time for their gradient
+        assert passes[name] == {"forward": number + twice, "backward": moving}, name
+
+
+def watch_passes(monkeypatch, name):
+    """Counts of how often a function of `packed` is run, and run backward, on the device."""
+    counts, function = {"forward": 0, "backward": 0}, getattr(packed_step, name)
+
+    def count(direction):
+        jax.debug.callback(lambda: counts.__setitem__(direction, counts[direction] + 1))
+
+    def forward(x):
+        count("forward")
+        return x, None
+
+    def backward(_, bar):
+        count("backward")
+        return (bar,)
+
+    watched = jax.custom_vjp(lambda x: forward(x)[0])
+    watched.defvjp(forward, backward)
+    monkeypatch.setattr(packed_step, name, lambda *args: watched(function(*args)))
+    return counts
+
+
+def pieces_of(batch):
+    """By function: how many pieces of prompts, and of rows, there are, and in how many of them is a gradient."""
+    rewards, index = np.asarray(batch.rewards), np.asarray(batch.prompt_index)
+    good = np.asarray(batch.scorable)
+    lively = np.array([len(set(rewards[good & (index == p)])) > 1 for p in range(index.max() + 1)])
+    moving = lively[index] & good
+    number, found = np.zeros(2, int), np.zeros(2, int)
+    cut = batch.pieces
+    for minibatch in range(len(cut.rows)):
+        rows, prompts, used = cut.rows[minibatch, 0], cut.prompts[minibatch, 0], cut.prompt_used[minibatch, 0]
+        with_gradient = np.isin(np.arange(len(prompts)), cut.local_index[minibatch, 0][moving[rows]]) & used
+        for kind, (of, yes) in enumerate(((cut.of_prompts, with_gradient), (cut.of_rows, moving[rows]))):
+            ends = of.pieces[minibatch, 0, : of.ends[minibatch, -1] + 1]
+            number[kind] += len(ends) - 1
+            found[kind] += sum(yes[a:b].any() for a, b in itertools.pairwise(ends))
+    return {"_prefill": (number[0], found[0]), "_hidden": (number[1], found[1])}
 
 
 @pytest.mark.parametrize(("shards", "rows", "microbatches"), [(1, 128, 64), (1, 512, 64), (8, 1024, 128)])
