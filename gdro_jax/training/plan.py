@@ -218,8 +218,8 @@ def _pieces(config: Config, shape: Shapes) -> list[str]:
     of_rows = " or ".join(f"{found.tokens} tokens of at most {found.rows} rows" for found in shape.packed)
     of_prompts = " or ".join(str(found.tokens) for found in _prompt_sizes(config, shape))
     return [
-        f"piece       {of_rows}; {updates} updates of at least "
-        f"{pieces} full pieces if all responses are of full length, of fewer as they are shorter",
+        f"piece       {of_rows}; {updates} updates, each in {pieces} full pieces or more "
+        "where every response is as long as may be, and in fewer the shorter they are",
         f"attention   tiles of {shape.packed[0].tiling.tokens} queries by as many keys",
         f"prompts     {shape.piece_prompts} an update, before its pieces, in pieces of {of_prompts} tokens",
     ]
