@@ -1,7 +1,7 @@
 """What can stand in for the sampler: the narrow interface that training sees."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -9,6 +9,8 @@ import numpy as np
 from gdro_jax.models import qwen3
 from gdro_jax.sampling.config import SamplingConfig
 from gdro_jax.sampling.rollouts import Progress, Rollouts, empty
+
+Heard = Callable[[Progress], None]
 
 
 class Engine(ABC):
@@ -34,11 +36,13 @@ class Engine(ABC):
         identity: np.ndarray,
         key: jax.Array,
         limits: np.ndarray | None = None,
+        heard: Heard | None = None,
     ) -> Rollouts:
-        """Samples one response per row of padded prompts, without any check; see `stream`."""
+        """Samples one response per row of padded prompts, without any check; `heard` gets what `stream` says."""
         out = empty(len(index), self.config.max_new_tokens)
-        for _ in self.stream(out, prompts, prompt_mask, index, identity, key, limits):
-            pass
+        for progress in self.stream(out, prompts, prompt_mask, index, identity, key, limits):
+            if heard is not None:
+                heard(progress)
         return out
 
     @abstractmethod

@@ -13,6 +13,7 @@ import numpy as np
 
 from gdro_jax.models import qwen3
 from gdro_jax.sampling import Engine, Rollouts
+from gdro_jax.sampling.engine import Heard
 from gdro_jax.training import mesh, setup, step
 
 TRIED_TOKENS = 64  # of each response, enough to pass through cache and positions
@@ -42,6 +43,7 @@ def measure(
     max_new_tokens: int,
     layout: mesh.Layout = mesh.ONE_DEVICE,
     at_once: int = 16,
+    heard: Heard | None = None,
 ) -> Gap:
     """Samples responses and asks the trainer for the log-probs of the same tokens.
 
@@ -53,9 +55,10 @@ def measure(
       max_new_tokens: of a response.
       layout: of the trainer.
       at_once: rows that the trainer runs in one piece, or one on each shard of the layout where those are more.
+      heard: is told how far the sampling is.
     """
     limits = np.full(len(index), min(TRIED_TOKENS, max_new_tokens), np.int32)
-    out = engine.rows(prompts, prompt_mask, index, identity, key, limits)
+    out = engine.rows(prompts, prompt_mask, index, identity, key, limits, heard)
     return compare(out, model, prompts, prompt_mask, index, temperature, layout, at_once)
 
 

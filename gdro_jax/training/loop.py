@@ -21,6 +21,7 @@ from gdro_jax.data import prompts as prompt_data
 from gdro_jax.models import qwen3
 from gdro_jax.models.config import work
 from gdro_jax.rewards import shaping
+from gdro_jax.sampling.engine import Heard
 from gdro_jax.training import (
     agreement,
     ahead,
@@ -59,7 +60,7 @@ def _nothing(step: int, progress: sampling.Progress) -> None:
 
 
 class _LeftError(Exception):
-    """A stop was asked for while a step, or an evaluation, sampled: it counts as not begun."""
+    """A stop was asked for while a step, an evaluation or the gate sampled: it counts as not begun."""
 
 
 class State(NamedTuple):
@@ -136,14 +137,19 @@ class Trainer:
         stop = processes.agreed(stop)
         whole = processes.count() == 1  # whether all can save together
 
-        def watch(number: int, progress: sampling.Progress) -> None:
-            on_sampled(number, progress)
+        def heed(progress: sampling.Progress) -> None:
             if progress.done < progress.total and stop():
                 raise _LeftError
 
+        def watch(number: int, progress: sampling.Progress) -> None:
+            on_sampled(number, progress)
+            heed(progress)
+
         if self.step < self.config.run.steps and not stop():
             self.try_update()
-            self.check_agreement()
+            if not stop():
+                with contextlib.suppress(_LeftError):  # the loop below sees the stop, too
+                    self.check_agreement(heed)
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
                 on_record(self._write({"step": 0} | self._evaluate(True, watch)))
@@ -191,8 +197,10 @@ class Trainer:
         self.state = self.state._replace(learner=learner)
         self.ledger.compile_seconds += self.compiles.seconds - before
 
-    def check_agreement(self) -> agreement.Gap | None:
+    def check_agreement(self, heard: Heard | None = None) -> agreement.Gap | None:
         """Compares sampler and trainer on the first prompts of the data, at a step's shapes; None if not asked to.
+
+        `heard` is told how far the sampling is.
 
         Raises:
           agreement.Disagreement: over `sampling.gap_tolerance`.
@@ -205,7 +213,7 @@ class Trainer:
         asked = (self.tokens[ids], self.mask[ids], index, ids[index], self._fold(_GATE, self.step))
         self._sampler.update(model)
         limits = (settings.temperature, settings.max_new_tokens)
-        gap = agreement.measure(self._sampler, model, *asked, *limits, self.parts.layout)
+        gap = agreement.measure(self._sampler, model, *asked, *limits, self.parts.layout, heard=heard)
         agreement.check(gap, settings.gap_tolerance)
         return gap
 

@@ -8,8 +8,9 @@ import pytest
 
 from gdro_jax.commands import BAD_INPUT_ERRORS
 from gdro_jax.models import qwen3
-from gdro_jax.sampling import Engine, Sampler, SamplingConfig
+from gdro_jax.sampling import Engine, Progress, Sampler, SamplingConfig
 from gdro_jax.training import agreement, engines, overlap, setup
+from gdro_jax.training.loop import Trainer
 
 PROMPTS = np.array([[5, 9, 33], [70, 1, 0], [12, 0, 0]], np.int32)
 MASK = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0]], bool)
@@ -33,6 +34,23 @@ def test_the_same_weights_agree_and_others_do_not(tiny_model):
             agreement.Disagreement, match=r"sampling.gap_tolerance=0.001: sampler and trainer differ by"
         ):
             agreement.check(gap, 1e-3)
+
+
+def test_a_stop_is_heeded_before_and_within_the_gate(configure, launch, monkeypatch):
+    asked, sampled = [], []
+
+    def stream(out, *_):
+        for done in range(4):
+            sampled.append(done)
+            yield Progress(np.arange(0), done, 4, done, done)
+
+    monkeypatch.setattr(Trainer, "try_update", lambda trainer: asked.append("update"))
+    trainer = launch(configure("sampling.gap_tolerance=1e-4"))
+    monkeypatch.setattr(trainer._sampler, "stream", stream)
+    assert trainer.run(lambda _: None, lambda: "update" in asked) is False
+    assert not sampled  # asked for while the update was compiled
+    assert trainer.run(lambda _: None, lambda: len(sampled) > 1) is False
+    assert sampled == [0, 1] and trainer.step == trainer.checkpoints.latest() == 0
 
 
 @pytest.mark.slow

@@ -280,8 +280,8 @@ def test_a_stop_while_evaluating_leaves_within_a_segment(configure, launch, held
     """The evaluation that was under way is as if it had not begun."""
     monkeypatch.setattr(Trainer, "try_update", lambda trainer: None)
     trainer, calls, heard = launch(configure(*heldout, "sampling.segment=1")), [], []
-    stopped = trainer.run(lambda _: None, lambda: calls.append(0) or len(calls) > 3, lambda *seen: heard.append(seen))
-    assert stopped is False and len(calls) == 4 and logged(tmp_path / "run") == []  # the fourth is its second look
+    stopped = trainer.run(lambda _: None, lambda: calls.append(0) or len(calls) > 4, lambda *seen: heard.append(seen))
+    assert stopped is False and len(calls) == 5 and logged(tmp_path / "run") == []  # the fifth is its second look
     assert [step for step, _ in heard] == [0, 0] and all(seen.done < seen.total == 12 for _, seen in heard)
     assert trainer.checkpoints.latest() == 0
 
