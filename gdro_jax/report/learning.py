@@ -82,7 +82,7 @@ def overall(groups: Groups) -> Figure | None:
         for method, series in curves_of[measure].items():
             line(axes, series, styles[method], marked=True)
         dress(axes, title=f"{unit}, {where}", y=f"{unit} (fraction)")
-        widen(axes, 0.05)
+        widen(axes, 0.05, -0.002, 1.002)
     legend(figure, method_handles(groups))
     return figure
 
