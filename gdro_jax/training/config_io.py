@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from gdro_jax.data.files import show
 from gdro_jax.training.config import Config
+
+_REPLACED = {"train.length_buckets": "train.attention_tile"}  # fields of before, and what does their work now
 
 
 class ConfigError(ValueError):
@@ -37,7 +40,8 @@ def from_dict(raw: Mapping[str, object], where: str = "configuration") -> Config
     sections = {f.name: f.type for f in dataclasses.fields(Config)}
     built: dict[str, typing.Any] = {}
     for name, values in raw.items():
-        _known(name, sections, f"{where}: unknown section")
+        if name not in sections:
+            raise ConfigError(f"{where}: unknown section {name!r}; {_hint(str(name), sections)}")
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where}: section {name}: expected fields, got {values!r}")
         built[name] = _section(sections[name], values, name, where)
@@ -113,7 +117,10 @@ def _section(kind: typing.Any, values: Mapping[str, object], section: str, where
     hints = typing.get_type_hints(kind)
     checked = {}
     for name, value in values.items():
-        _known(name, hints, f"{where}: unknown field in section {section}:")
+        if name not in hints:
+            hint = _REPLACED.get(f"{section}.{name}")
+            hint = _hint(str(name), hints) if hint is None else f"{hint} does its work now"
+            raise ConfigError(f"{where}: unknown field in section {section}: {name!r} (given {show(value)}); {hint}")
         checked[name] = _typed(value, hints[name], f"{where}: {section}.{name}")
     try:
         return kind(**checked)
@@ -121,12 +128,16 @@ def _section(kind: typing.Any, values: Mapping[str, object], section: str, where
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _known(name: object, allowed: typing.Iterable[str], what: str) -> None:
-    names = list(allowed)
-    if name not in names:
-        close = difflib.get_close_matches(str(name), names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-        raise ConfigError(f"{what} {name!r}; {hint}")
+def _hint(name: str, known: typing.Iterable[str]) -> str:
+    """The known names that an unknown one may stand for, or fields of its name elsewhere; all where there are none."""
+    names = list(known)
+    places = {section.name: typing.get_type_hints(section.type) for section in dataclasses.fields(Config)}
+    near = (
+        [f"{section}.{name}" for section, fields in places.items() if name in fields]
+        or [other for other in names if name in (words := other.split("_")) or name == "".join(w[:1] for w in words)]
+        or difflib.get_close_matches(name, names)
+    )
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names)}"
 
 
 def _typed(value: object, hint: typing.Any, where: str) -> object:

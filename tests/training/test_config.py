@@ -74,6 +74,26 @@ def test_unknown_names_are_refused_with_a_suggestion():
 
 
 @pytest.mark.parametrize(
+    ("section", "field", "value", "words"),
+    [
+        ("train", "learning_rat", 0.5, "'learning_rat' (given 0.5); did you mean 'learning_rate'?"),
+        ("train", "adam_beta", None, "'adam_beta' (given null); did you mean 'adam_b2' or 'adam_b1' or 'adam_eps'?"),
+        ("train", "kl", 1, "'kl' (given 1); did you mean 'kl_coef' or 'kl_estimator'?"),
+        ("train", "lr", 0.1, "'lr' (given 0.1); did you mean 'learning_rate'?"),
+        ("train", "max_new_tokens", 9, "(given 9); did you mean 'sampling.max_new_tokens' or 'eval.max_new_tokens'?"),
+        ("train", "zzz", "x" * 99, "..."),
+        ("train", "length_buckets", 4, "'length_buckets' (given 4); train.attention_tile does its work now"),
+    ],
+)
+def test_an_unknown_field_is_told_with_its_value_and_what_may_be_meant(section, field, value, words):
+    refused({section: {field: value}}, f"unknown field in section {section}: {field!r} (given ", words)
+
+
+def test_a_field_without_its_section_is_told_its_section():
+    refused({"learning_rate": 1e-4}, "unknown section 'learning_rate'", "did you mean 'train.learning_rate'?")
+
+
+@pytest.mark.parametrize(
     ("section", "field", "value", "expected"),
     [
         ("run", "steps", 1.5, "int"),
