@@ -75,6 +75,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(file: pathlib.Path) -> dict[str, dict[str, object]]:
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a folder; a configuration file is needed")
     if not file.is_file():
         raise ConfigError(f"{file}: no such configuration file")
     try:

@@ -220,6 +220,8 @@ def test_files_that_cannot_be_read(tmp_path):
         config_io.load(tmp_path / "binary")
     with pytest.raises(ConfigError, match="no such configuration file"):
         config_io.load(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="is a folder; a configuration file is needed"):
+        config_io.load(tmp_path)
 
 
 @pytest.mark.parametrize(
