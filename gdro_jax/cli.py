@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"--{name} does nothing in gdro eval --benchmarks")
         if names:  # every k is reported: this one is not to be refused as above eval.samples
             overrides = [*overrides, ("eval.k", "1")]
-        config = load(known.config, overrides)
+        config = load(getattr(known, "file", None) or known.config, overrides)
         if known.command == "regrade":
             eval_commands.regrade(known.folder, config)
             return DONE
@@ -202,12 +202,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--benchmark-folder", metavar="FOLDER", help="where the benchmarks' published files are")
             sub.add_argument("--out", metavar="FOLDER", help="keep summary, table, figure and every response there")
         if name == "plan":
-            sub.add_argument("config", nargs="?", metavar="CONFIG", help="YAML with any of the sections below")
             sub.add_argument(
                 "--topology", metavar="NAME", help="compile for the slice v5e:8x8, say; needs libtpu, no TPU"
             )
-            continue
-        sub.add_argument("--config", metavar="FILE", help="YAML with any of the sections below")
+        either = sub.add_mutually_exclusive_group()
+        either.add_argument("--config", metavar="FILE", help="YAML with any of the sections below")
+        if name == "plan":
+            either.add_argument("file", nargs="?", metavar="CONFIG", help="the same without --config")
         if name in ("train", "compare"):
             job = sub.add_argument_group("one of several processes, each given the same command but for its number")
             job.add_argument(

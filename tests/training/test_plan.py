@@ -135,6 +135,10 @@ def test_the_command_compiles_the_step_for_this_device(tiny_folder, capsys):
         (["--model.path=missing-folder"], "missing-folder"),
         (["--sampling.slots=8", "--topology", "v5e:0x9"], "--topology=v5e:0x9"),  # it plans with the slots
         (["--run.steps=5"], "--run.steps does nothing in gdro plan"),
+        (["absent.yaml"], "absent.yaml: no such configuration file"),
+        (["--config", "absent.yaml"], "absent.yaml: no such configuration file"),
+        (["--config=absent.yaml"], "absent.yaml: no such configuration file"),
+        (["a.yaml", "--config", "b.yaml"], "--config: not allowed with argument CONFIG"),
     ],
 )
 def test_bad_input_is_one_line(words, message, capsys):
