@@ -32,15 +32,16 @@ def load(config: Config) -> Inputs:
     data = config.data
     notes: list[str] = []
     names = [data.train] if data.mixture is None else list(data.mixture)
+    field = "data.train" if data.mixture is None else "data.mixture"
     train: list[Problem] = []
     with verifier(config) as grader:
         for part, name in enumerate(names):
-            problems, more = checked(name, "train", config, grader)
+            problems, more = checked(name, "train", config, grader, field)
             train += [replace(problem, id=len(train) + n, part=part) for n, problem in enumerate(problems)]
             notes += more
         heldout = None
         if config.eval.data is not None:
-            heldout, more = checked(config.eval.data, "heldout", config, grader)
+            heldout, more = checked(config.eval.data, "heldout", config, grader, "eval.data")
             notes += more
     if data.contamination is not None:
         train, more = _uncontaminated(train, heldout, names, config)
@@ -48,15 +49,31 @@ def load(config: Config) -> Inputs:
     return Inputs(tuple(train), heldout, tuple(notes))
 
 
-def checked(name: str, split: str, config: Config, grader: rewards.Verifier) -> tuple[tuple[Problem, ...], list[str]]:
+def checked(
+    name: str, split: str, config: Config, grader: rewards.Verifier, field: str | None = None
+) -> tuple[tuple[Problem, ...], list[str]]:
     """Problems of a file, or the shipped `split` for `embedded`, and a line for each row that was left out.
+
+    Args:
+      field: what the file was given as, which an error begins with; None for an argument of a command.
 
     Raises:
       DataError: a row that cannot be used or a gold answer that cannot be graded, where the configuration refuses it.
     """
-    if name.startswith(tasks.PREFIX) or name == "embedded":
-        made = procedural.embedded(split) if name == "embedded" else tasks.parse(name)
-        return made, _tried(grader, config.data.verifier, made)
+    try:
+        problems, notes = _of_name(name, split, config, grader)
+    except DataError as error:
+        raise DataError(str(error) if field is None else f"{field}: {error}") from None
+    return problems, [*notes, *_tried(grader, config.data.verifier, problems)]
+
+
+def _of_name(
+    name: str, split: str, config: Config, grader: rewards.Verifier
+) -> tuple[tuple[Problem, ...], Sequence[str]]:
+    if name == "embedded":
+        return procedural.embedded(split), ()
+    if name.startswith(tasks.PREFIX):
+        return tasks.parse(name), ()
     source = sources.load(
         name,
         prompt_column=config.data.prompt_column,
@@ -64,8 +81,7 @@ def checked(name: str, split: str, config: Config, grader: rewards.Verifier) -> 
         stratum_column=config.data.stratum_column,
         on_bad_row=config.data.on_bad_row,
     )
-    problems, notes = with_usable_answers(name, source, config.data.gold_check, grader)
-    return problems, [*notes, *_tried(grader, config.data.verifier, problems)]
+    return with_usable_answers(name, source, config.data.gold_check, grader)
 
 
 def ready(

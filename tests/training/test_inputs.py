@@ -42,6 +42,24 @@ def test_an_error_names_the_lines_of_many_gold_answers(configure, write):
         inputs.load(configure(f"data.train={file}", "data.verifier=numeric"))
 
 
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("data.train", ["data.train={file}"]),
+        ("eval.data", ["eval.data={file}"]),
+        ("data.mixture", ["data.loader=grain", "data.mixture={{{file}: 1}}"]),
+    ],
+)
+def test_an_error_names_the_field_of_its_file(configure, write, tmp_path, field, changes):
+    for file, words in (
+        (tmp_path / "absent.jsonl", "does not exist"),
+        (tmp_path, "is a folder"),
+        (write("golds.jsonl", ("1+1=", "")), "line 1: column 'answer'"),
+    ):
+        with pytest.raises(DataError, match=f"^{field}: {file}.* {words}"):
+            inputs.load(configure(*(change.format(file=file) for change in changes)))
+
+
 def test_duplicates_and_overlaps_are_reported_dropped_or_refused(configure, write, tmp_path):
     train = write("train.jsonl", ("1+1=", "2"), ("3 + 4 =", "7"), ("1 + 1 =", "2"), ("5+5=", "10"), ("9+9=", "18"))
     heldout = write(
