@@ -92,7 +92,7 @@ BAD = {
     ),
     "low parameters under high compute": (["train", "--model.param_dtype=bfloat16"], "model.param_dtype='bfloat16'"),
     "a missing tokenizer": (["train", MODEL, "--model.tokenizer={tmp}"], "holds no tokenizer.json"),
-    "an output that is a file": (["train", MODEL, "--run.output={problems}"], "not a folder that can be written"),
+    "an output that is a file": (["train", MODEL, "--run.output={problems}"], "problems.jsonl is a file)"),
     "an unknown command": (["trian"], "invalid choice: 'trian'"),
     "no command": ([], "COMMAND"),
     "a missing value": (["train", "--run.steps"], "--run.steps needs a value"),
@@ -150,7 +150,7 @@ BAD = {
     "a key given twice in a value": (["train", "--controller.settings={{k: 1, k: 2}}"], "'k' is given twice"),
     "a seed that does not fit": (["train", "--model.random_init=99999999999"], "model.random_init=99999"),
     "no output": (["train", "--run.output="], "run.output=''"),
-    "an output below a file": (["train", MODEL, "--run.output={problems}/x"], "not a folder that can be written"),
+    "an output below a file": (["train", MODEL, "--run.output={problems}/x"], "problems.jsonl is a file)"),
     "a report below a file": (["report", "{run}", "--out={problems}/x"], "not a folder that can be written"),
     "a field that training does not use": (
         ["train", "--compare.seeds=[1]"],
@@ -359,7 +359,7 @@ def test_where_an_export_cannot_go_is_found_before_parameters_are_read(tmp_path,
     for place, words in (
         (tmp_path / "work", "holds thesis.tex"),
         (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "x", "not a folder that can be written (File exists)"),
+        (tmp_path / "file" / "x", f"not a folder that can be written ({tmp_path}/file is a file)"),
         ("/proc/nowhere/x", "not a folder that can be written"),
     ):
         assert invoke("export", tiny_folder, place) == 2
@@ -384,7 +384,7 @@ def test_where_a_run_cannot_go_is_found_before_its_parameters_are_read(
         assert printed.count("\n") == 1
         return printed
 
-    assert "not a folder that can be written" in refused(problems)
+    assert f"not a folder that can be written ({problems} is a file)" in refused(problems)
     assert "not a folder that can be written" in refused("/proc/nowhere")
     (run / "config.yaml").write_text("run: {seed: 5}\n")
     assert "holds a run of another configuration" in refused(out)

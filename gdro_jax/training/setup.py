@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.resources
+import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -411,5 +412,7 @@ def claim_folder(path: str, field: str) -> pathlib.Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{field}={path!r}: not a folder that can be written ({error.strerror})") from None
+        file = next((place for place in (folder, *folder.parents) if os.path.isfile(place)), None)
+        why = error.strerror if file is None else f"{file} is a file"
+        raise InputError(f"{field}={path!r}: not a folder that can be written ({why})") from None
     return folder
