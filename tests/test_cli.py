@@ -56,7 +56,10 @@ BAD = {
     "a wrong type": (["train", "--run.steps=many"], "run.steps='many': expected int"),
     "a value out of range": (["train", "--run.steps=0"], "run.steps=0: must be at least 1"),
     "truncated sampling in training": (["train", "--sampling.top_p=0.9"], "sampling.top_p=0.9: must be 1.0"),
-    "an unknown rule": (["train", MODEL, "--controller.name=jont"], "did you mean 'joint'?"),
+    "an unknown rule": (
+        ["train", MODEL, "--controller.name=jont"],
+        "controller.name='jont': unknown rule 'jont' (did you mean 'joint'?)",
+    ),
     "a setting that the rule lacks": (["train", MODEL, "--controller.settings.eta=1"], "no setting 'eta'"),
     "an impossible budget": (
         ["train", MODEL, "--controller.name=rollout_gdro", "--controller.settings.min_rollouts=5"],

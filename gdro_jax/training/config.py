@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from gdro_jax import controllers
 from gdro_jax.data.orders import LOADERS
 from gdro_jax.data.prompts import resolve_template
 from gdro_jax.models import lora
@@ -233,6 +234,10 @@ class ControllerConfig:
     settings: dict[str, object] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        try:
+            controllers.settings(self.name)
+        except ValueError as error:
+            raise ValueError(f"controller.name={self.name!r}: {error}") from None
         _check(self.mean_rollouts >= 1, "controller", "mean_rollouts", self.mean_rollouts, "at least 1")
 
 

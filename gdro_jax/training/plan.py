@@ -43,11 +43,7 @@ class Shapes(NamedTuple):
 
 
 def shapes(config: Config, prompt_tokens: int, layout: Layout = ONE_DEVICE) -> Shapes:
-    """The step's shapes.
-
-    Raises:
-      setup.InputError: no such controller.
-    """
+    """The step's shapes."""
     prompts, rows = config.train.prompts_per_step, config.rows_per_step
     train, tokens, shards = config.train, config.sampling.max_new_tokens, layout.shards
     pieces, tile = train.minibatches * train.microbatches * shards, train.attention_tile

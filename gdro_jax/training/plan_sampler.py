@@ -58,7 +58,7 @@ def compile_sampler(
       beside: bytes of a device that the learner, the reference and the policy of the start take meanwhile.
 
     Raises:
-      setup.InputError: `model.attention` cannot run there, or no such controller.
+      setup.InputError: `model.attention` cannot run there.
     """
     settings = config.sampling.build((0,))  # which token stops a row changes no shape
     model, asked, seed = _arguments(config, architecture, prompt_tokens, device, layout)

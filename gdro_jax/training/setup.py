@@ -305,15 +305,8 @@ def assemble(config: Config, policy: Policy | None = None, checked: Checked | No
 
 
 def most_rollouts(config: ControllerConfig) -> int | None:
-    """Rollouts that a prompt can get where all get the same, None where the rule allots them.
-
-    Raises:
-      InputError: no such rule.
-    """
-    try:
-        return None if "max_rollouts" in controllers.settings(config.name) else config.mean_rollouts
-    except ValueError as error:
-        raise InputError(f"controller: {error}") from None
+    """Rollouts that a prompt can get where all get the same, None where the rule allots them."""
+    return None if "max_rollouts" in controllers.settings(config.name) else config.mean_rollouts
 
 
 def architecture(config: ModelConfig) -> qwen3.Qwen3Config:
