@@ -123,6 +123,9 @@ def check(config: Config) -> None:
     checkpoints = folder / "checkpoints"
     if checkpoints.exists() and not checkpoints.is_dir():
         raise InputError(f"run.output={config.run.output!r}: {checkpoints} must be a folder, it is a file")
+    for name in ("config.yaml", "metrics.jsonl", "first_prompt.txt", "report.html", ".lock"):
+        if (folder / name).is_dir():
+            raise InputError(f"run.output={config.run.output!r}: {folder / name} must be a file, it is a folder")
     if file.exists():
         found = config_io.load(file)
         mine, theirs = config_io.to_dict(config), config_io.to_dict(found)

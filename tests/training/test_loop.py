@@ -195,6 +195,13 @@ def test_a_file_where_the_checkpoints_go_is_refused(configure, tmp_path):
         run_folder.check(configure())
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "first_prompt.txt", "report.html", ".lock"])
+def test_a_folder_where_a_file_of_the_run_goes_is_refused(configure, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"run\.output=.*/{name} must be a file, it is a folder"):
+        run_folder.check(configure())
+
+
 def test_a_log_that_does_not_fit_the_checkpoint_is_refused(configure, launch, tmp_path):
     train(launch(configure("run.steps=3")))
     file = tmp_path / "run" / "metrics.jsonl"
