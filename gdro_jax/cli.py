@@ -63,7 +63,8 @@ class _Stop:
     def _heard(self, number: int, frame: object) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, f"\n{self.what}; once more to stop at once\n".encode())
+        after = "after what is being compiled or computed, which may take minutes"  # neither can be broken off
+        os.write(2, f"\n{self.what}, {after}; once more to stop at once\n".encode())
 
     def __call__(self) -> bool:
         return self.asked

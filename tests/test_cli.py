@@ -495,10 +495,12 @@ def test_overrides_stand_anywhere(monkeypatch):
         assert seen["config"].eval.samples == 9 and seen["config"].run.seed == 4
 
 
-def test_the_second_signal_is_final():
-    stop = cli._Stop()
+def test_the_second_signal_is_final(capfd):
+    stop = cli._Stop("stopping")
     assert not stop()
     signal.raise_signal(signal.SIGTERM)
+    said = "stopping, after what is being compiled or computed, which may take minutes; once more to stop at once"
+    assert capfd.readouterr().err == f"\n{said}\n"
     assert stop() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
