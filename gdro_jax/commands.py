@@ -215,6 +215,8 @@ def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: st
             if trainer.step > 0:
                 what = "goes on from" if trainer.step < config.run.steps else "has already made"
                 sys.stderr.write(f"{label}  {what} step {trainer.step} of {config.run.steps}\n")
+            if trainer.step < config.run.steps:
+                sys.stderr.write(f"{label}  compiling a step's programs, which may take minutes\n")
             progress = Progress(label, config.run.steps, trainer.step, config.run.log_every)
             return trainer.run(progress, stop, progress.sampled)
         finally:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -19,7 +20,7 @@ from gdro_jax import cli, commands, eval_commands, evaluation, rewards
 from gdro_jax.models import hf, qwen3
 from gdro_jax.rewards.exact import ExactVerifier
 from gdro_jax.rewards.verifier import grades_of
-from gdro_jax.training import ConfigError, config_io, inputs
+from gdro_jax.training import Config, ConfigError, config_io, inputs
 
 
 @pytest.fixture
@@ -508,6 +509,26 @@ def test_a_stopped_command_exits_with_75(monkeypatch):
     monkeypatch.setattr(commands, "train", lambda config, stop: False)
     monkeypatch.setattr(commands, "compare", lambda config, stop: False)
     assert invoke("train") == 75 and invoke("compare") == 75
+
+
+def test_a_run_says_that_it_compiles(monkeypatch, capsys):
+    class Run:
+        def __init__(self, config, parts, *more):
+            self.step = parts.step
+
+        def run(self, *more):
+            sys.stderr.write("runs\n")
+            return True
+
+        def close(self):
+            """Nothing to close."""
+
+    monkeypatch.setattr(commands, "Trainer", Run)
+    compiling = "joint  compiling a step's programs, which may take minutes"
+    for step, said in ((0, [compiling]), (100, ["joint  has already made step 100 of 100"])):
+        parts = SimpleNamespace(notes=("first prompt",), step=step)
+        assert commands._run(Config(), parts, lambda: False, "joint")
+        assert capsys.readouterr().err.splitlines() == ["joint  first prompt", *said, "runs"]
 
 
 def test_eval(tmp_path, problems, capsys):
