@@ -19,9 +19,15 @@ _WRONG_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # b
 _UNUSED = {  # sections and fields that a command does not look at: giving one is an error
     "train": ("compare",),
     "compare": ("run.seed", "run.output", "controller.name"),
-    "plan": (
-        *("reward", "eval", "compare", "run", "sampling.top_p", "sampling.top_k"),
-        *("controller.settings", "data.contamination", "data.benchmarks"),
+    "plan": (  # what is read later, or is a number that takes no memory
+        *("reward", "compare", "run", "controller.settings", "model.random_init", "model.lora_alpha"),
+        *(f"eval.{n}" for n in ("every", "samples", "k", "temperature", "top_p", "top_k", "min_p", "min_new_tokens")),
+        *(f"eval.{n}" for n in ("template", "problems_per_call", "problems_per_stratum")),
+        *(f"sampling.{n}" for n in ("temperature", "top_p", "top_k", "min_p", "min_new_tokens", "gap_tolerance")),
+        *("sampling.server_model", "sampling.server_timeout", "data.max_unscorable"),
+        *(f"train.{n}" for n in ("learning_rate", "warmup_steps", "decay", "decay_steps", "final_rate")),
+        *(f"train.{n}" for n in ("adam_b1", "adam_b2", "adam_eps", "weight_decay", "max_grad_norm", "max_skipped")),
+        *("train.clip_low", "train.clip_high"),
     ),
     "eval": (
         *("controller", "train", "mesh", "compare", "reward", "model.path", "model.param_dtype", "model.remat"),
@@ -37,6 +43,7 @@ _UNUSED_BY_BENCHMARKS = (  # each has its own columns, verifier and answers, non
     *(f"data.{n}" for n in ("verifier", "gold_check", "template", "prompt_column", "answer_column", "stratum_column")),
     "eval.k",
 )
+_UNREAD_UNDER_A_LIMIT = ("data", "eval", "model.tokenizer")  # by a plan, which then takes prompts to be that long
 _USED = {"regrade": ("data.verifier_workers", "data.verifier_timeout", "data.max_unscorable")}  # and nothing else
 _WITHOUT_FIELDS = ("report", "export", "compare-evals")
 
@@ -105,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             eval_commands.regrade(known.folder, config)
             return DONE
         if known.command == "plan":
+            for name, _ in overrides if config.data.max_prompt_tokens is not None else ():
+                if _among(name, _UNREAD_UNDER_A_LIMIT) and name != "data.max_prompt_tokens":
+                    parser.error(f"--{name} does nothing in gdro plan with data.max_prompt_tokens")
             return DONE if commands.plan(config, known.topology) else FAULT
         if (known.problems is None) == (not names):
             parser.error("eval: either a file of problems or --benchmarks is needed")
@@ -149,7 +159,12 @@ def _train(parser: argparse.ArgumentParser, known: argparse.Namespace, overrides
 def _unused(command: str, name: str) -> bool:
     if command in _USED:
         return name not in _USED[command]
-    return any(name == unused or name.startswith(unused + ".") for unused in _UNUSED[command])
+    return _among(name, _UNUSED[command])
+
+
+def _among(name: str, fields: Sequence[str]) -> bool:
+    """Whether a field is one of these, or in a section that is."""
+    return any(name == field or name.startswith(field + ".") for field in fields)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -85,6 +85,18 @@ BAD = {
     "a row without an answer": (["train", MODEL, "--data.train={holes}"], "holes.jsonl, line 3: column 'answer'"),
     "a row that is not JSON": (["train", MODEL, "--data.train={garbled}"], "garbled.jsonl, line 2: is not JSON"),
     "missing problems": (["eval", "{tiny}", "absent.jsonl"], "absent.jsonl: does not exist"),
+    "missing problems to train on": (
+        ["train", MODEL, "--data.train=absent.jsonl"],
+        "data.train: absent.jsonl: does not",
+    ),
+    "missing problems to plan for": (
+        ["plan", MODEL, "--data.train=absent.jsonl"],
+        "data.train: absent.jsonl: does not",
+    ),
+    "missing held-out problems of a plan": (
+        ["plan", MODEL, "--eval.data=absent.jsonl"],
+        "eval.data: absent.jsonl: does not exist",
+    ),
     "a prompt that is too long": (["train", MODEL, "--data.max_prompt_tokens=2"], "more than the 2 allowed"),
     "more tokens than the model has positions": (
         ["train", MODEL, "--sampling.max_new_tokens=125"],
@@ -458,7 +470,7 @@ def test_an_evaluation_that_nothing_can_be_graded_in_is_one_line_and_exit_code_1
         assert note.startswith("nothing is kept; --out ") and line.startswith("gdro eval: ") and words in line
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "eval", "regrade"])
+@pytest.mark.parametrize("command", ["train", "compare", "plan", "eval", "regrade"])
 def test_help_names_every_field(command, capsys):
     assert invoke(command, "--help") == 0
     text = capsys.readouterr().out

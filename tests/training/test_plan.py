@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 
+from gdro_jax import cli
 from gdro_jax.cli import main
 from gdro_jax.models import qwen3
 from gdro_jax.sampling.programs import Stage
@@ -110,6 +111,51 @@ def test_the_sampler_on_a_mesh():
     assert found.segment.refused is None and found.segment.total > found.segment.beside
 
 
+NUMBERS = {  # that the command refuses, each with another value than its default
+    "model.random_init": 1,
+    "model.lora_alpha": 3,
+    "sampling.temperature": 2,
+    "sampling.gap_tolerance": 1,
+    "train.learning_rate": 1,
+    "train.warmup_steps": 0,
+    "train.decay": "cosine",
+    "train.decay_steps": 3,
+    "train.final_rate": 0.5,
+    "train.adam_b1": 0.5,
+    "train.adam_b2": 0.5,
+    "train.adam_eps": 1,
+    "train.weight_decay": 1,
+    "train.max_grad_norm": 2,
+    "train.max_skipped": 0,
+    "train.clip_low": 0.1,
+    "train.clip_high": 0.1,
+}
+
+
+def test_the_command_refuses_these_numbers_and_choices_that_training_has_not():
+    refused = {name for name in cli._UNUSED["plan"] if name.split(".")[0] in ("model", "sampling", "train")}
+    assert refused - set(NUMBERS) == {
+        *(f"sampling.{name}" for name in ("top_p", "top_k", "min_p", "min_new_tokens")),
+        *(f"sampling.server_{name}" for name in ("model", "timeout")),
+    }
+
+
+@pytest.mark.slow
+def test_numbers_that_the_command_refuses_change_no_size():
+    """But for scalars, such as those of another schedule."""
+    architecture = qwen3.Qwen3Config(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4
+    )
+
+    def sizes(*fields: str):
+        config, device = configured("model.lora_rank=1", *fields), jax.devices()[0]
+        given = (config, architecture, plan.shapes(config, 8), device, setup.layout(config))
+        programs = [plan.compile_step(*given), *plan.compile_sampler(*given).programs.values()]
+        return [program.total for program in programs]
+
+    assert sizes() == pytest.approx(sizes(*(f"{name}={value}" for name, value in NUMBERS.items())), rel=0.01)
+
+
 def test_the_command_compiles_the_step_for_this_device(tiny_folder, capsys):
     fields = [word for pair in (*SMALL, f"model.path={tiny_folder}") for word in [f"--{pair}"]]
     assert main(["plan", *fields]) == 0
@@ -133,6 +179,9 @@ def test_the_command_compiles_the_step_for_this_device(tiny_folder, capsys):
         (["--model.path=missing-folder"], "missing-folder"),
         (["--sampling.slots=8", "--topology", "v5e:0x9"], "--topology=v5e:0x9"),  # it plans with the slots
         (["--run.steps=5"], "--run.steps does nothing in gdro plan"),
+        (["--train.learning_rate=1"], "--train.learning_rate does nothing in gdro plan"),
+        (["--sampling.server_timeout=5"], "--sampling.server_timeout does nothing in gdro plan"),
+        (["--data.train=absent.jsonl"], "--data.train does nothing in gdro plan with data.max_prompt_tokens"),
         (["--controller.name=best"], "controller.name='best': unknown rule 'best'"),
         (["absent.yaml"], "absent.yaml: no such configuration file"),
         (["--config", "absent.yaml"], "absent.yaml: no such configuration file"),
