@@ -5,6 +5,7 @@ Advantages over uneven groups (Eq. 3), weighted per prompt (Eq. 16), clipped sur
 Letters: P prompts, R rows, T response tokens, L prompt tokens, M minibatches, A microbatches, Q prompts of a piece.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -172,6 +173,7 @@ def surrogate_signal(
 ) -> jax.Array:
     """`StepResult.signal` of a learner's model that is not changed, for weights that come from the step's own batch."""
     batch = jax.tree.map(jnp.asarray, batch)
+    config = dataclasses.replace(config, minibatches=1)  # no update comes between: the policy before is this one
     rows = of_rows(batch, config)
     if isinstance(batch.pieces, Packed):
         whole = packed.Step(reference, batch, rows, config, temperature, layout)

@@ -165,6 +165,18 @@ def test_signal_is_equation_7_without_the_adversarys_weights(case, plain):
     assert differs(other, plain)
 
 
+def test_signal_alone_of_another_sampler(case):
+    """The policy has not changed, so the ratio is 1 in all minibatches: -min(policy / sampler, cap) A is left."""
+    config = dataclasses.replace(PLAIN, kl_coef=0.0, importance_cap=1.5, minibatches=2)
+    batch = case.cut(config)
+    weight = np.minimum(np.exp(np.asarray(sequence_logprobs(case.model, batch)) - batch.logprobs), 1.5)
+    rows = np.where(batch.mask, -weight * naive_advantages(batch)[:, None], 0).sum(1) / batch.mask.sum(1)
+    want = [rows[(batch.prompt_index == p) & batch.scorable].mean() for p in range(4)]
+    assert np.abs(want).max() > 0.01
+    got = step.surrogate_signal(case.model, None, batch, config, 1.0)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
 def test_on_policy_only_the_kl_is_left_of_the_signal(case):
     """Advantages of a prompt sum to zero, so at ratio 1 the surrogate says nothing (method, section 2)."""
     now, _ = step.response_logprobs(case.model, *case.batch[:2], *case.batch[3:6], 1.0)
