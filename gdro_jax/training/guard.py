@@ -14,17 +14,19 @@ class NotFiniteError(RuntimeError):
 
 
 class LeftOut(NamedTuple):
-    """How many updates were left out, in a row up to now and in all."""
+    """How many updates were left out, in a row up to now and in all, and the most in a row that the last step saw."""
 
     in_row: int = 0
     total: int = 0
+    most: int = 0
 
     def after(self, applied: np.ndarray) -> "LeftOut":
         """With a step's updates, bool[M], added."""
-        in_row = self.in_row
+        in_row, most = self.in_row, 0
         for was in applied.tolist():
             in_row = 0 if was else in_row + 1
-        return LeftOut(in_row, self.total + int((~applied).sum()))
+            most = max(most, in_row)
+        return LeftOut(in_row, self.total + int((~applied).sum()), most)
 
 
 def batch_file(folder: pathlib.Path, number: int) -> pathlib.Path:
@@ -44,9 +46,9 @@ def keep(folder: pathlib.Path, number: int, batch: Batch) -> None:
 
 def check(left_out: LeftOut, limit: int, folder: pathlib.Path, number: int) -> None:
     """NotFiniteError past `limit` in a row; step `number`'s batch has been kept."""
-    if left_out.in_row > limit:
+    if left_out.most > limit:
         raise NotFiniteError(
-            f"step {number}: {left_out.in_row} updates in a row had a loss or gradient that is not finite, more than "
+            f"step {number}: {left_out.most} updates in a row had a loss or gradient that is not finite, more than "
             f"train.max_skipped={limit}; the step's batch is in {batch_file(folder, number)}, parameters and optimiser "
-            "are as before them"
+            "are as without them"
         )

@@ -353,7 +353,7 @@ class Trainer:
         result = self._update(self.state.learner, self.reference, whole(batch), *more)
         result = step.StepResult(result.learner, *map(whole, result[1:]))
         self._left_out = self._left_out.after(np.asarray(result.applied))
-        if self._left_out.in_row > self.config.train.max_skipped:
+        if self._left_out.most > self.config.train.max_skipped:
             guard.keep(self.folder, self.step + 1, batch)
         outcome = outcome._replace(signal=np.asarray(result.signal))
         rule_state = jax.block_until_ready(self._update_rule(collected.rule_state, plan, outcome))

@@ -8,9 +8,17 @@ from gdro_jax.training import guard
 
 def test_in_row_and_in_all():
     once = guard.LeftOut().after(np.array([True, False, False]))
-    assert once == (2, 2)
-    assert once.after(np.array([False])) == (3, 3) and once.after(np.array([False, True])) == (0, 3)
-    assert guard.LeftOut(5, 7).after(np.array([True, False])) == (1, 8)
+    assert once == (2, 2, 2)
+    assert once.after(np.array([False])) == (3, 3, 3) and once.after(np.array([False, True])) == (0, 3, 3)
+    assert guard.LeftOut(5, 7, 5).after(np.array([True, False])) == (1, 8, 1)
+
+
+def test_too_many_in_a_row_are_seen_where_the_last_of_the_step_was_applied(tmp_path):
+    step = guard.LeftOut().after(np.array([True, False, False, True]))
+    guard.check(step, 2, tmp_path, 7)
+    with pytest.raises(guard.NotFiniteError, match="step 7: 2 updates in a row"):
+        guard.check(step, 1, tmp_path, 7)
+    guard.check(step.after(np.array([True])), 1, tmp_path, 8)  # a step ago
 
 
 def test_too_many_in_a_row_end_the_run_with_the_batch_kept(configure, launch):
@@ -34,6 +42,6 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_kept(configure, launch):
     np.testing.assert_array_equal(trainer.state.learner.model.embed[...], before)
     trainer.close()
     again = launch(config)
-    assert again.step == 2 and again._left_out == (2, 2)  # a run that goes on remembers
+    assert again.step == 2 and again._left_out == (2, 2, 2)  # a run that goes on remembers
     assert again.run(records.append)
-    assert [r["skipped"] for r in records] == [1.0, 1.0, 0.0] and again._left_out == (0, 2)
+    assert [r["skipped"] for r in records] == [1.0, 1.0, 0.0] and again._left_out == (0, 2, 0)
