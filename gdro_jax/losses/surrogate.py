@@ -62,7 +62,7 @@ def token_terms(
     """
     objective, metrics = _clipped_objective(options, log_ratio, advantage)
     loss = -objective
-    metrics["approx_kl"] = kl_estimate(old, old + log_ratio, "k3")  # the tokens came from the old policy
+    metrics["approx_kl"] = kl_estimate(old, logprobs, "k3")  # the tokens came from the old policy one by one
     if sampler is not None and options.importance_cap is not None:
         weight = jnp.exp(jnp.clip(jax.lax.stop_gradient(old) - sampler, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
         loss = jnp.minimum(weight, options.importance_cap) * loss

@@ -85,6 +85,8 @@ def test_sequence_ratio():  # GSPO, arXiv 2507.18071: s = (prod of token ratios)
     ratios = jnp.array([[4.0, 1.0], [4.0, 1.0]])  # s = 2
     out = loss_at(ratios, SIGNS, ratio_level="sequence")
     np.testing.assert_allclose(out.per_row, [-1.28, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(out.metrics["ratio"], 2.0, rtol=1e-6)
+    np.testing.assert_allclose(out.metrics["approx_kl"], (4 - 1 - np.log(4.0)) / 2, rtol=1e-6)  # still of tokens
     # d s / d log-prob = s / L, and R = 2.
     got = grad_at(ratios, SIGNS, ratio_level="sequence")
     np.testing.assert_allclose(got, [[0, 0], [0.5, 0.5]], rtol=1e-6)
