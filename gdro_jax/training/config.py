@@ -62,8 +62,9 @@ class ModelConfig:
       path: a Hugging Face folder, a name on its hub, `OWNER/NAME` or `OWNER/NAME@REVISION`, or `embedded` for the base
         shipped with the package.
       dtype: of compute, and of the exported policy: `float32` or `bfloat16`.
-      param_dtype: of the parameters that the optimiser changes, and of its state. A step smaller than 1/256 of a
-        weight is lost in `bfloat16`, which a learning rate of 1e-6 always is; `float32` keeps it.
+      param_dtype: of the parameters that the optimiser changes; its state is float32 (`train.moment_dtype`). A step
+        smaller than 1/256 of a weight is lost in `bfloat16`, which a learning rate of 1e-6 always is; `float32` keeps
+        it.
       remat: what of each layer is kept for the backward pass: `none` what products and attention take and give,
         `products` the results of matrix products, `block` the layer's input alone. Less memory for more time, the same
         result.

@@ -23,7 +23,8 @@ def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
     """The configured rule behind a clip of the gradient's global norm.
 
     `moment_dtype` is of the first moment (AdamW's, or Muon's momentum). The second moment is float32 always: near 1 a
-    bfloat16 number moves in steps of 1/128, more than `1 - adam_b2` often asks of it, and would stand still.
+    bfloat16 number moves in steps of 1/128, more than `1 - adam_b2` often asks of it, and would stand still. Updates
+    are float32, too, and rounded to the parameters' dtype once they are applied.
     """
     rate, decay = learning_rate(config), config.weight_decay
     if config.optimiser == "adafactor":
@@ -54,7 +55,7 @@ def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
             mu_dtype=config.moment_dtype,
             weight_decay=decay,
         )
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
+    return _in_float32(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule))
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -71,6 +72,18 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
         return rising * (config.final_rate + (1 - config.final_rate) * left)
 
     return rate
+
+
+def _in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The rule for parameters of any dtype: left to itself optax gives its state theirs."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return rule.update(wide(grads), state, wide(params))
+
+    return optax.GradientTransformation(lambda params: rule.init(wide(params)), update)
 
 
 def _layer_matrices(params: Any) -> Any:

@@ -128,7 +128,7 @@ def update(
 
     def minibatch(learner: Learner, cut: Any) -> tuple[Learner, tuple[Any, ...]]:
         sums, plain, gap, grad = gradient(learner.model, cut)
-        grad = jax.tree.map(lambda g, p: g.astype(p.dtype), finish_grad(grad, sums), learner.model)
+        grad = finish_grad(grad, sums)
         out, norm = finish(sums), optax.global_norm(grad)
         finite = jnp.isfinite(out.loss) & jnp.isfinite(norm)
         updates, opt_state = optimiser.update(grad, learner.opt_state, learner.model)

@@ -87,6 +87,18 @@ def test_the_first_moment_may_be_bfloat16(optimiser):
     assert all(x.dtype == jnp.float32 and (np.asarray(x) < 0).all() for x in jax.tree.leaves(change))
 
 
+@pytest.mark.parametrize("optimiser", ["adamw", "adafactor", "muon"])
+def test_bfloat16_parameters_have_a_float32_state(optimiser):
+    """A second moment of bfloat16 stands still where a step asks for less than 1/256 of it."""
+    config = dataclasses.replace(STILL, optimiser=optimiser)
+    params = {"w": jnp.ones((1, 4, 4), jnp.bfloat16), "norm": jnp.ones((1, 4), jnp.bfloat16)}
+    assert {str(x.dtype) for x in held(config, params)} == {"float32"}
+    rule = make_optimiser(config)
+    change, _ = rule.update(params, rule.init(params), params)
+    assert {str(x.dtype) for x in jax.tree.leaves(change)} == {"float32"}
+    assert {str(x.dtype) for x in jax.tree.leaves(optax.apply_updates(params, change))} == {"bfloat16"}
+
+
 def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
     """A layer's update is near a multiple of an orthogonal matrix, of AdamW's size; a norm's is Adam's."""
     rng = np.random.default_rng(0)
