@@ -83,9 +83,9 @@ def group_advantages(
     """
     one_of("scale", scale, SCALES)
     one_of("baseline", baseline, BASELINES)
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"eps={eps} must be at least 0")
-    if clip is not None and clip <= 0:
+    if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip} must be above 0, or None for no limit")
     groups = _groups(rewards, prompt_index, num_prompts, valid)
     mean, variance = _moments(groups, num_prompts)

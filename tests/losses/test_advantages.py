@@ -127,7 +127,9 @@ def test_permuting_rows_permutes_advantages_and_groups_sum_to_zero(rows, random)
         ({"scale": "mad"}, "scale='mad'"),
         ({"baseline": "loo"}, "baseline='loo'"),
         ({"eps": -1.0}, "eps=-1.0"),
+        ({"eps": np.nan}, "eps=nan"),
         ({"clip": 0.0}, "clip=0.0"),
+        ({"clip": np.nan}, "clip=nan"),
     ],
 )
 def test_bad_options_are_named(options, words):
