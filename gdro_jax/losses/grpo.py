@@ -69,7 +69,8 @@ def policy_loss(
         coefficient 0.
       row_weights: float[R], absolute (see `row_weights()`); None: 1/R each. A row of weight 0 is out of everything:
         its `per_row` is 0 and no metric counts it.
-      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. Past exp(20), which tokens of negative
+        advantage can reach without `dual_clip`, it is constant and has no gradient, rather than overflow.
       kl_coef: added to each token's loss times the KL estimate.
       kl_estimator: "k1", "k2" or "k3", see `kl_estimate`.
       aggregate: "sequence": mean over a response's tokens, then the rows' weights. "token": one mean over all tokens,
