@@ -79,7 +79,7 @@ class StepResult(NamedTuple):
     Attributes:
       learner: after the step.
       signal: float32[P], Eq. 7 without the adversary's weights, NaN for a prompt without a scorable row.
-      metrics: scalars; means over the minibatches that were applied.
+      metrics: scalars; means over the minibatches that were applied and have scorable tokens.
       applied: bool[M]; False where the loss or the gradient was not finite, and nothing was changed.
     """
 
@@ -134,12 +134,13 @@ def update(
         updates, opt_state = optimiser.update(grad, learner.opt_state, learner.model)
         changed = Learner(optax.apply_updates(learner.model, updates), opt_state)
         learner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, learner)
-        return keep(learner), (plain, gap, out.metrics | {"loss": out.loss, "grad_norm": norm}, finite)
+        return keep(learner), (plain, gap, out.metrics | {"loss": out.loss, "grad_norm": norm}, finite, sums.tokens > 0)
 
-    learner, (plain, gap, metrics, applied) = jax.lax.scan(minibatch, learner, pieces)
+    learner, (plain, gap, metrics, applied, some) = jax.lax.scan(minibatch, learner, pieces)
     stats = grpo.group_stats(batch.rewards, batch.prompt_index, batch.prompts.shape[0], batch.scorable)
     scored = jnp.maximum((stats.num_rollouts > 0).sum(), 1)
-    counted = applied | ~applied.any()  # all, where none was applied: then the metrics say what went wrong
+    counted = applied & some  # not one without scorable tokens, whose metrics would be 0
+    counted |= ~counted.any()  # all, where there is none: then the metrics say what went wrong
     summary = {name: jnp.where(counted, value, 0.0).sum() / counted.sum() for name, value in metrics.items()}
     summary["all_equal_groups"] = (stats.all_equal & (stats.num_rollouts > 0)).sum() / scored
     summary["logprob_gap"] = gap[0].max()

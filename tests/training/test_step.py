@@ -335,6 +335,17 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(case):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_minibatch_without_a_scorable_row_is_in_no_mean(case):
+    config = dataclasses.replace(PLAIN, minibatches=2, adam_b1=0.9, kl_coef=0.0)  # of the test before: compiled once
+    batch = case.cut(config)
+    batch = batch._replace(scorable=batch.scorable & ~np.isin(np.arange(12), batch.pieces.rows[0]))
+    got = run(case, config, batch, reference=False)
+    ratio = np.exp(np.asarray(sequence_logprobs(case.model, batch)) - batch.logprobs)
+    want = ratio[batch.mask & batch.scorable[:, None]].mean()  # nothing was changed before
+    np.testing.assert_allclose(got.metrics["ratio"], want, rtol=1e-5)
+    assert float(got.metrics["skipped"]) == 0.0 and float(got.metrics["response_length"]) >= 1.0
+
+
 def test_bfloat16_gradients_are_summed_in_float32(case):
     """512 microbatches with a gradient of 1 each: a sum in bfloat16 would get no further than 256."""
 
