@@ -79,7 +79,8 @@ class StepResult(NamedTuple):
     Attributes:
       learner: after the step.
       signal: float32[P], Eq. 7 without the adversary's weights, NaN for a prompt without a scorable row.
-      metrics: scalars; means over the minibatches that were applied and have scorable tokens.
+      metrics: scalars; means over the minibatches that were applied and have scorable tokens. `logprob_gap` is the
+        largest of the first minibatch, the only one before any update.
       applied: bool[M]; False where the loss or the gradient was not finite, and nothing was changed.
     """
 
