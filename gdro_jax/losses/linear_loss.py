@@ -79,6 +79,8 @@ def token_loss(
     for name, value in [("active", active), *((f"args[{i}]", arg) for i, arg in enumerate(args))]:
         if jnp.shape(value) != targets.shape:
             raise ValueError(f"{name} must have shape {targets.shape}, it has {jnp.shape(value)}")
+    if targets.size == 0:
+        return TokenLoss(jnp.float32(0), *(jnp.zeros(0, jnp.float32) for _ in range(2)))
     static = _Static(loss_fn, float(temperature), chunk or chunk_rows(hidden.shape[0], weight.shape[0]))
     live = jnp.asarray(active, bool)
     constants = tuple(jax.lax.stop_gradient(jnp.where(live, jnp.asarray(arg), 0)) for arg in args)

@@ -338,7 +338,8 @@ class TrainConfig:
       clip_low, clip_high, dual_clip: of the ratio (Eq. 5); ratio_level: `token`, or `sequence` for one per response.
       importance_cap: the ratio is to the trainer's own log-probs before the step, and each token's surrogate weighs
         min(trainer / sampler, cap), for a sampler that is not quite the policy; None takes the sampler's log-probs.
-      aggregate: `sequence`, `token` or `constant` length aggregation.
+      aggregate: `sequence`, `token` or `constant` length aggregation; with `token` each minibatch divides by its own
+        tokens.
       row_weighting: `prompt` (every prompt weighs the same) or `rollout` (every row does).
       advantage_scale: `std` or `none`; advantage_baseline: `mean` or `leave_one_out`; advantage_clip: bound or None.
     """

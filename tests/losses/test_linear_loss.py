@@ -97,6 +97,14 @@ def test_an_active_target_outside_the_vocabulary_is_seen():
     assert np.isnan(out.loss) and np.isnan(out.logprobs[0])
 
 
+def test_no_tokens_lose_nothing():
+    def loss(hidden, weight):
+        return linear_loss.token_loss(importance, hidden, weight, *tokens(0)[2:]).loss
+
+    value, grads = jax.value_and_grad(loss, (0, 1))(*tokens(0)[:2])
+    assert value == 0 and [x.shape for x in grads] == [(0, WIDTH), (VOCAB, WIDTH)] and not grads[1].any()
+
+
 def test_bfloat16_is_summed_in_float32():
     hidden, weight, targets, active, args = tokens(dtype=jnp.bfloat16)
     out = linear_loss.token_loss(importance, hidden, weight, targets, active, args, chunk=8)
