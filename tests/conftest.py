@@ -74,6 +74,15 @@ def qwen_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(autouse=True)
+def forget_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A process may hold 65,530 pieces of memory, and dies of more; eight devices' programs take 10,000 a long test."""
+    yield
+    held = pathlib.Path("/proc/self/maps")
+    if request.node.get_closest_marker("slow") and held.exists() and held.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
 def keep_signal_handlers() -> Iterator[None]:
     """The command line takes the signals over; tests give them back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
