@@ -23,8 +23,8 @@ def square_root_law(
     """Minimises sum_b w_b v_b / n_b subject to sum_b w_b n_b = mean_rollouts sum_b w_b, min <= n_b <= max; float32[B].
 
     What clipping at a bound frees or takes is spent again on the others (active set): n_b = clip(c sqrt(v_b)), with the
-    one c that meets the budget, found exactly from the 2B points where a bin reaches a bound. variances and weights
-    float[B], >= 0 (anything else counts as 0). Raises ValueError unless 0 < min <= mean <= max.
+    one c that meets the budget, found to a neighbouring float32 by bisection. variances and weights float[B], >= 0
+    (anything else counts as 0). Raises ValueError unless 0 < min <= mean <= max.
     """
     _checks.number("min_rollouts", min_rollouts, 0.0, open_low=True, open_high=True)
     _checks.number("max_rollouts", max_rollouts, min_rollouts, open_high=True)
@@ -34,22 +34,22 @@ def square_root_law(
     w = jnp.where(jnp.max(w) > 0, w / jnp.maximum(jnp.max(w), jnp.finfo(jnp.float32).tiny), 1.0)
     root = jnp.where(jnp.max(v) > 0, v / jnp.maximum(jnp.max(v), jnp.finfo(jnp.float32).tiny), 1.0)
     root = jnp.sqrt(jnp.maximum(root, _FLOOR))
-    at_min, at_max = min_rollouts / root, max_rollouts / root  # scales c at which a bin reaches its bounds
-    points = jnp.concatenate([at_min, at_max])
-    slopes = jnp.concatenate([w * root, -w * root])
-    order = jnp.argsort(points)
-    points, slope = points[order], jnp.cumsum(slopes[order])
-    rises = jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(slope[:-1] * jnp.diff(points))])
-    missing = (mean_rollouts - min_rollouts) * jnp.sum(w)
-    last = jnp.maximum(jnp.sum(rises <= missing, dtype=jnp.int32) - 1, 0)
-    middle = 0.5 * (points[last] + points[jnp.minimum(last + 1, points.shape[0] - 1)])
-    low, high = at_min >= middle, at_max <= middle
-    free = ~(low | high)
-    fixed = jnp.sum(w * jnp.where(low, min_rollouts, jnp.where(high, max_rollouts, 0.0)))
-    total = jnp.sum(jnp.where(free, w * root, 0.0))
-    scale = (mean_rollouts * jnp.sum(w) - fixed) / jnp.where(total > 0, total, 1.0)
-    scale = jnp.where(total > 0, scale, middle)
-    return jnp.clip(scale * root, min_rollouts, max_rollouts).astype(jnp.float32)
+
+    def excess(scale: jax.Array) -> jax.Array:
+        return jnp.sum(w * (jnp.clip(scale * root, min_rollouts, max_rollouts) - mean_rollouts))
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = low + ((high - low) >> 1)
+        over = excess(_float_of(middle)) > 0
+        return jnp.where(over, low, middle), jnp.where(over, middle, high)
+
+    # Between all at the minimum and all at the maximum. Running sums over the scales at which bins reach their bounds
+    # would lose the budget: those scales are up to 1e6 apart, and each sum's rounding error is multiplied by that.
+    least, most = min_rollouts / jnp.max(root), 2.0 * max_rollouts / jnp.min(root)
+    ends = (jax.lax.bitcast_convert_type(least, jnp.int32), jax.lax.bitcast_convert_type(most, jnp.int32))
+    low, _ = jax.lax.fori_loop(0, 32, halve, ends)
+    return jnp.clip(_float_of(low) * root, min_rollouts, max_rollouts).astype(jnp.float32)
 
 
 def round_to_budget(ideal_per_prompt: ArrayLike, budget: int, min_rollouts: int, max_rollouts: int) -> jax.Array:

@@ -32,6 +32,17 @@ def test_what_the_best_cannot_take_goes_to_the_others():
     np.testing.assert_allclose(got, [12.0, 2.8 / 0.9], rtol=1e-5)
 
 
+def test_bins_without_variance_take_what_is_left_over_however_many_are_full():
+    """Eight bins full at 12 and four of variance 0 that must take (11 - 12 * 0.75) / 0.25 = 8 each."""
+    rng, weights = np.random.default_rng(0), np.repeat([0.75 / 8, 0.25 / 4], [8, 4])
+    law = jax.jit(lambda v, w: allocation.square_root_law(v, w, 11.0, 2.0, 12.0))
+    for _ in range(300):
+        v = np.where(np.arange(12) < 8, rng.uniform(0.03, 0.25, 12), 0.0)
+        np.testing.assert_allclose(law(v, weights), np.where(v > 0, 12.0, 8.0), rtol=1e-5)
+        w = rng.dirichlet(np.ones(12))
+        assert (w * np.asarray(law(v, w))).sum() == pytest.approx(11.0, rel=1e-5)
+
+
 @pytest.mark.parametrize("v", [np.zeros(3), np.full(3, 7.0), np.full(3, 3e38), np.full(3, np.nan)])
 def test_nothing_to_choose_is_uniform(v):
     np.testing.assert_allclose(LAW(v.astype(np.float32), np.array([0.5, 0.2, 0.3])), 4.0, rtol=1e-6)
