@@ -227,7 +227,6 @@ def update(
     present = count > 0
     share = jnp.where(present, count / prompts, 0.0)
     any_evidence = jnp.any(present | (variance_count > 0))
-    mean_count = jnp.sum(plan.per_prompt, dtype=jnp.int32).astype(jnp.float32) / prompts
     new = State(
         scores=jnp.clip(scores, -_HUGE, _HUGE),
         price=state.price,
@@ -240,7 +239,9 @@ def update(
         played=jnp.clip(state.played + jnp.sum(jnp.where(valid, played_losses / prompts, 0.0)), -_HUGE, _HUGE),
         forced=state.forced + jnp.where(any_evidence, plan.forced_uniform, 0),
     )
-    excess = mean_count - cfg.mean_rollouts
+    # Of whole numbers: compiled, a mean is a product with 1 / prompts, which need not come out whole.
+    extra = jnp.sum(plan.per_prompt, dtype=jnp.int32) - prompts * cfg.mean_rollouts
+    excess = extra.astype(jnp.float32) / prompts
     if cfg.dual == "relaxed":
         excess = _relaxed_excess(cfg, new, bins, plan.weights)
     moved = jnp.clip(state.price + cfg.dual_step_size * excess, -_HUGE, _HUGE)

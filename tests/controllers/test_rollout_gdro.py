@@ -262,6 +262,12 @@ def test_exact_dual_never_moves_and_relaxed_finds_the_shadow_price():
     np.testing.assert_allclose(prices, shadow, rtol=0.2)
 
 
+def test_exact_dual_never_moves_where_the_compiled_mean_is_not_whole():
+    """164 * float32(1 / 41) is not 4."""
+    bins = (np.arange(41) % 4).astype(np.int32)
+    assert float(_learn(rollout_gdro.Config(4), 2, bins).price) == 0.0
+
+
 def test_relaxed_price_brings_the_published_rule_to_the_law():
     """One integer per bin and equal counts per bin: with the price, sum_b L_b is least at sqrt(v_b / mu)."""
     bins = np.repeat(np.arange(4), 16).astype(np.int32)
