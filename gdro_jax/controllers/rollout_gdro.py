@@ -210,7 +210,8 @@ def update(
     prompts = bins.shape[0]
     signal = _checks.float_vector("signal", signal, prompts)
     reward_variance = _checks.float_vector("reward_variance", reward_variance, prompts)
-    seen_variance, variance_count = bin_means(cfg.num_bins, bins, jnp.maximum(reward_variance, 0.0))
+    reward_variance = jnp.where(jnp.isfinite(reward_variance), jnp.maximum(reward_variance, 0.0), jnp.nan)
+    seen_variance, variance_count = bin_means(cfg.num_bins, bins, reward_variance)
     variances = _ema(cfg.ema, state.variances, seen_variance, state.variance_visits, variance_count > 0)
     if cfg.full_information:
         losses, count, valid = _seen_losses(cfg, bins, seen_variance, reward_variance, posterior)

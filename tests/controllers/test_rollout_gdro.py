@@ -209,7 +209,7 @@ def test_variance_statistics_by_hand():
     bins, zeros = np.array([0, 0], np.int32), np.zeros(2, np.float32)
     state = rollout_gdro.init(cfg)
     plan = allocate(cfg, state, bins, jax.random.key(0))
-    for seen in ([0.3, 0.1], [0.1, np.nan], [np.nan, np.inf]):
+    for seen in ([0.3, 0.1], [0.1, np.nan], [np.nan, np.inf], [-np.inf, np.nan]):
         state = update(cfg, state, bins, plan, zeros, np.float32(seen))
     np.testing.assert_allclose(state.variances, [0.16, 0.0], rtol=1e-5)
     np.testing.assert_allclose(state.scores, [[0.08, 0.16 / 3], [0.0, 0.0]], rtol=1e-5)
