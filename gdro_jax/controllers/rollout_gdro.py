@@ -112,8 +112,9 @@ class Plan(NamedTuple):
     per_bin: jax.Array  # int32[B], the count of a bin's prompts, leftovers given to the whole bin included; some
     # prompts of one bin get one more. Under a bandit utility at most one above the arm selected, where that can be
     per_prompt: jax.Array  # int32[P], sums to P * mean_rollouts
-    arm: jax.Array  # int32[B], index of the arm selected for the bin before leftovers: observed losses are its
-    probability: jax.Array  # float32[B] that it was selected: what an observed loss is divided by
+    arm: jax.Array  # int32[B], index of the arm selected for the bin before leftovers: observed losses are its. That
+    # of per_bin for the per-prompt argmax of a utility that sees every arm, which gives all rollouts as leftovers
+    probability: jax.Array  # float32[B] of it, given the budget under "sample": what an observed loss is divided by
     weights: jax.Array  # float32[B], weight of a prompt of the bin in the objective, 1 unless asked otherwise
     forced_uniform: jax.Array  # int32, 1 if one integer per bin left no choice but uniform
 
@@ -179,12 +180,15 @@ def allocate(
         tie_break = jax.random.uniform(order_key, (cfg.num_bins,), jnp.float32)
         evenly = not cfg.full_information
         arms, split, some = utilities.marginal_gains(values, counts, solution.arms, left, tie_break, evenly=evenly)
+    selected = solution.arms
+    if cfg.full_information and cfg.selection == "argmax" and cfg.per_prompt:
+        selected = arms  # one list of marginal gains: nothing was selected before it
     one_more = (bins == split) & (_rank_in(bins == split, prompt_key, ids) < some)
-    drawn = jnp.take_along_axis(logs, solution.arms[:, None], axis=1)[:, 0]
+    drawn = jnp.take_along_axis(logs, selected[:, None], axis=1)[:, 0]
     return Plan(
         per_bin=cfg.min_rollouts + arms,
         per_prompt=cfg.min_rollouts + arms[bins] + one_more.astype(jnp.int32),
-        arm=solution.arms,
+        arm=selected,
         probability=jnp.exp(solution.log_marginals if cfg.selection == "sample" else drawn),
         weights=weights,
         forced_uniform=forced,

@@ -288,6 +288,15 @@ def test_bin_weights_move_rollouts_by_their_square_root():
     np.testing.assert_allclose(plan.weights, q / shares / q.sum(), rtol=1e-5)
 
 
+def test_the_arm_of_marginal_gains_is_the_count_given_and_its_probability_its_own():
+    cfg = rollout_gdro.Config(4)
+    state = _learn(cfg)
+    plan = allocate(cfg, state, BINS, jax.random.key(0))
+    assert (plan.arm + cfg.min_rollouts).tolist() == plan.per_bin.tolist() and len(set(plan.per_bin.tolist())) > 1
+    table = np.exp(rollout_gdro.log_arm_distribution(cfg, state))
+    np.testing.assert_allclose(plan.probability, table[np.arange(4), np.asarray(plan.arm)], rtol=1e-5)
+
+
 def test_leftovers_go_to_prompts_by_key_and_follow_ids():
     cfg, ids = rollout_gdro.Config(4), np.random.default_rng(0).permutation(1000)[:64].astype(np.int32)
     state = _learn(cfg)
