@@ -1,4 +1,7 @@
-"""Summaries of a step's bins, for logs. B bins, bin 0 the hardest; all arguments float[B], all results float32."""
+"""Summaries of a step's bins, for logs. B bins, bin 0 the hardest; all arguments float[B], all results float32.
+
+Vectors of unequal length are a ValueError.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +14,14 @@ _TINY = 1e-30
 
 def lead_lag(q: ArrayLike, shares: ArrayLike) -> jax.Array:
     """Mean bin under q minus mean bin under the shares: negative when the weight leans to harder bins than the data."""
-    return _mean_bin(q, "q") - _mean_bin(shares, "shares")
+    weights = _checks.float_vector("q", q)
+    return _mean_bin(weights) - _mean_bin(_checks.float_vector("shares", shares, weights.shape[0]))
 
 
 def weighted_standard_error(shares: ArrayLike, stds: ArrayLike, counts: ArrayLike) -> jax.Array:
     """WSE = sum_b share_b std_b / sqrt(n_b); bins without share, or without rollouts, are left out."""
-    share, std = _checks.float_vector("shares", shares), _checks.float_vector("stds", stds)
+    share = _checks.float_vector("shares", shares)
+    std = _checks.float_vector("stds", stds, share.shape[0])
     n = _checks.float_vector("counts", counts, share.shape[0])
     used = (share > 0) & (n > 0)
     return jnp.sum(jnp.where(used, share * jnp.where(used, std, 0.0) / jnp.sqrt(jnp.where(used, n, 1.0)), 0.0))
@@ -37,7 +42,6 @@ def effective_bins(q: ArrayLike) -> jax.Array:
     return jnp.exp(-jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0)))
 
 
-def _mean_bin(weights: ArrayLike, name: str) -> jax.Array:
-    w = _checks.float_vector(name, weights)
-    index = jnp.arange(w.shape[0], dtype=jnp.float32)
-    return jnp.sum(index * w) / jnp.maximum(jnp.sum(w), _TINY)
+def _mean_bin(weights: jax.Array) -> jax.Array:
+    index = jnp.arange(weights.shape[0], dtype=jnp.float32)
+    return jnp.sum(index * weights) / jnp.maximum(jnp.sum(weights), _TINY)

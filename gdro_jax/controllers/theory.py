@@ -43,20 +43,23 @@ def exp3p_regret_bound(num_arms: int, steps: ArrayLike) -> jax.Array:
 
 def variance_proxy(weights: ArrayLike, variances: ArrayLike, counts: ArrayLike) -> jax.Array:
     """sum_b q_b v_b / n_b, float32; arguments float[B]; a bin of weight 0 may have any count."""
-    q, v = _checks.float_vector("weights", weights), _checks.float_vector("variances", variances)
+    q = _checks.float_vector("weights", weights)
+    v = _checks.float_vector("variances", variances, q.shape[0])
     n = _checks.float_vector("counts", counts, q.shape[0])
     return jnp.sum(jnp.where(q > 0, q * v / jnp.where(q > 0, n, 1.0), 0.0))
 
 
 def optimal_variance_proxy(weights: ArrayLike, variances: ArrayLike, mean_rollouts: float) -> jax.Array:
     """Its minimum (sum_b q_b sqrt(v_b))^2 / n_bar over real n_b with sum_b q_b n_b = n_bar, q summing to 1."""
-    q, v = _checks.float_vector("weights", weights), _checks.float_vector("variances", variances)
+    q = _checks.float_vector("weights", weights)
+    v = _checks.float_vector("variances", variances, q.shape[0])
     return jnp.square(jnp.sum(q * jnp.sqrt(v))) / mean_rollouts
 
 
 def gain_over_uniform(weights: ArrayLike, variances: ArrayLike) -> jax.Array:
     """Uniform's variance proxy over the optimal, sum q v / (sum q sqrt(v))^2 >= 1 (Cauchy-Schwarz); 1 if v = 0."""
-    q, v = _checks.float_vector("weights", weights), _checks.float_vector("variances", variances)
+    q = _checks.float_vector("weights", weights)
+    v = _checks.float_vector("variances", variances, q.shape[0])
     q, v = q / jnp.sum(q), v / jnp.maximum(jnp.max(v), jnp.finfo(jnp.float32).tiny)
     least = jnp.square(jnp.sum(q * jnp.sqrt(v)))
     return jnp.where(least > 0, jnp.maximum(jnp.sum(q * v) / jnp.where(least > 0, least, 1.0), 1.0), 1.0)

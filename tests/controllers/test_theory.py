@@ -116,6 +116,22 @@ def test_errors():
         theory.exp3p_regret_bound(0, 10)
 
 
+@pytest.mark.parametrize(
+    ("function", "rest"),
+    [
+        (theory.variance_proxy, [[4.0, 4.0]]),
+        (theory.optimal_variance_proxy, [4]),
+        (theory.gain_over_uniform, []),
+        (diagnostics.lead_lag, []),
+        (diagnostics.weighted_standard_error, [[4.0, 4.0]]),
+    ],
+)
+def test_vectors_of_unequal_length(function, rest):
+    """One number is not spread over all bins."""
+    with pytest.raises(ValueError, match=r"(variances|shares|stds) has shape \(1,\): it must be a vector of length 2"):
+        function([0.5, 0.5], [0.2], *rest)
+
+
 def test_lead_lag_by_hand():
     assert float(diagnostics.lead_lag([0.5, 0.5, 0.0], [0.25, 0.25, 0.5])) == pytest.approx(0.5 - 1.25)
     assert float(diagnostics.lead_lag([2.0, 0.0], [0.0, 3.0])) == pytest.approx(-1.0)
