@@ -86,6 +86,17 @@ class Config:
             _checks.integer(field, getattr(self, field), 1)
         if self.prompts_per_step > self.num_prompts:
             raise _checks.reject("prompts_per_step", self.prompts_per_step, f"at most num_prompts={self.num_prompts}")
+        for name, part in (("prompt", self.prompt), ("rollout", self.rollout)):
+            if part is not None and part.num_bins != self.difficulty.num_bins:
+                allowed = f"{self.difficulty.num_bins}, that of difficulty"
+                raise _checks.reject(f"{name}.num_bins", part.num_bins, allowed)
+        if self.rollout is not None and self.rollout.mean_rollouts != self.mean_rollouts:
+            allowed = f"mean_rollouts={self.mean_rollouts}"
+            raise _checks.reject("rollout.mean_rollouts", self.rollout.mean_rollouts, allowed)
+        shuffles = {"weights": self.prompt, "budgets": self.rollout}
+        if self.shuffle is not None and shuffles.get(self.shuffle) is None:
+            allowed = "None, 'weights' with a prompt adversary or 'budgets' with a rollout adversary"
+            raise _checks.reject("shuffle", self.shuffle, allowed)
         _checks.choice("signal", self.signal, SIGNALS)
         _checks.flag("use_current_batch", self.use_current_batch)
 

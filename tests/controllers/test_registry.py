@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from gdro_jax import controllers
+from gdro_jax.controllers import difficulty, prompt_gdro, rollout_gdro, rules
 
 SIZE = {"num_prompts": 50, "prompts_per_step": 10, "mean_rollouts": 4}
 
@@ -77,6 +78,22 @@ def test_bad_sizes(field, value):
     for name in ("uniform", "rollout_gdro"):
         with pytest.raises(ValueError, match=r"num_prompts=|prompts_per_step=|mean_rollouts="):
             controllers.make(name, **(SIZE | {field: value}))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"prompt": prompt_gdro.Config(3)}, "prompt.num_bins=3 is not allowed: it must be 10, that of difficulty"),
+        ({"rollout": rollout_gdro.Config(9)}, "rollout.num_bins=9 is not allowed: it must be 10"),
+        ({"rollout": rollout_gdro.Config(10, 8)}, "rollout.mean_rollouts=8 is not allowed: it must be mean_rollouts=4"),
+        ({"shuffle": "bins"}, "shuffle='bins' is not allowed: it must be None, 'weights' with"),
+        ({"shuffle": "weights", "rollout": rollout_gdro.Config(10)}, "shuffle='weights' is not allowed"),
+        ({"shuffle": "budgets"}, "shuffle='budgets' is not allowed"),
+    ],
+)
+def test_parts_that_do_not_fit_together(given, said):
+    with pytest.raises(ValueError, match=said):
+        rules.Config(**SIZE, difficulty=difficulty.Config(), **given)
 
 
 def test_one_rollout_a_prompt_is_possible():
