@@ -50,6 +50,19 @@ def int_vector(name: str, value: ArrayLike, length: int | None = None) -> jax.Ar
     return _vector(name, array, length).astype(jnp.int32)
 
 
+def bin_vector(value: ArrayLike, num_bins: int) -> jax.Array:
+    """Bins as int32[P]; ValueError as of `int_vector`, and for a bin outside 0 ... num_bins - 1 where it can be seen.
+
+    Under a transformation values are unknown: there such a bin is counted nowhere, or as another.
+    """
+    bins = int_vector("bins", value)
+    if not isinstance(bins, jax.core.Tracer) and bins.size:
+        for bin_ in (int(jnp.min(bins)), int(jnp.max(bins))):
+            if not 0 <= bin_ < num_bins:
+                raise ValueError(f"bins holds {bin_}: each must be in 0 ... {num_bins - 1}")
+    return bins
+
+
 def float_vector(name: str, value: ArrayLike, length: int | None = None) -> jax.Array:
     """`value` as float32[length]; ValueError for another rank or length."""
     return _vector(name, jnp.asarray(value), length).astype(jnp.float32)

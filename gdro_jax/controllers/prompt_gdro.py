@@ -83,8 +83,11 @@ def distribution(cfg: Config, state: State) -> jax.Array:
 
 
 def weights(cfg: Config, state: State, bins: ArrayLike) -> jax.Array:
-    """What the advantages of each prompt's rows are multiplied by (Eq. 16), float32[P]."""
-    bins = _checks.int_vector("bins", bins)
+    """What the advantages of each prompt's rows are multiplied by (Eq. 16), float32[P].
+
+    Raises ValueError, outside jit, for a bin that is none of the B.
+    """
+    bins = _checks.bin_vector(bins, cfg.num_bins)
     counts = bin_counts(cfg.num_bins, bins).astype(jnp.float32)
     cap = math.inf if cfg.weight_cap is None else cfg.weight_cap
     if cfg.weights == "released":
@@ -103,8 +106,9 @@ def update(cfg: Config, state: State, bins: ArrayLike, signal: ArrayLike) -> Sta
     """The state after a batch: `bins` int[P], `signal` the prompts' losses, float[P].
 
     Non-finite entries are left out; a bin with no finite entry keeps its score (Eqs. 12 and 13).
+    Raises ValueError as `weights`.
     """
-    bins = _checks.int_vector("bins", bins)
+    bins = _checks.bin_vector(bins, cfg.num_bins)
     signal = _checks.float_vector("signal", signal, bins.shape[0])
     loss, counts = bin_means(cfg.num_bins, bins, signal)
     present = counts > 0

@@ -159,8 +159,10 @@ def allocate(
     bin_weights float[B]: allocate for sum_b bin_weights_b L_b(n_b) instead of the mean over the batch's prompts.
     prompt_ids int[P]: distinct ids that break ties between prompts, so that a permuted batch gets the permuted plan;
         positions by default.
+
+    Raises ValueError for wrong shapes and, outside jit, for a bin that is none of the B.
     """
-    bins = _checks.int_vector("bins", bins)
+    bins = _checks.bin_vector(bins, cfg.num_bins)
     prompts = bins.shape[0]
     ids = jnp.arange(prompts, dtype=jnp.int32) if prompt_ids is None else prompt_ids
     ids = _checks.int_vector("prompt_ids", ids, prompts)
@@ -209,8 +211,9 @@ def update(
 
     posterior: (alpha, beta) float[P] of each prompt's success rate, for "informative" and "coverage"; without it
     they are computed from the bin's variance. A bin without evidence keeps its scores and its variance.
+    Raises ValueError as `allocate`.
     """
-    bins = _checks.int_vector("bins", bins)
+    bins = _checks.bin_vector(bins, cfg.num_bins)
     prompts = bins.shape[0]
     signal = _checks.float_vector("signal", signal, prompts)
     reward_variance = _checks.float_vector("reward_variance", reward_variance, prompts)

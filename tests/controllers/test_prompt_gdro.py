@@ -147,3 +147,13 @@ def test_bad_shapes():
     cfg = prompt_gdro.Config(2)
     with pytest.raises(ValueError, match="signal has shape"):
         prompt_gdro.update(cfg, prompt_gdro.init(cfg), [0, 1], [0.5])
+
+
+@pytest.mark.parametrize("bins", [[0, 2], [-1, 0]])
+def test_bins_that_are_not_there(bins):
+    cfg = prompt_gdro.Config(2)
+    state, said = prompt_gdro.init(cfg), "bins holds (2|-1): each must be in 0 ... 1"
+    with pytest.raises(ValueError, match=said):
+        prompt_gdro.update(cfg, state, bins, [0.5, 0.5])
+    with pytest.raises(ValueError, match=said):
+        prompt_gdro.weights(cfg, state, bins)

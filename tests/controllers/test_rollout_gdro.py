@@ -366,3 +366,15 @@ def test_bad_shapes():
     plan = allocate(cfg, state, BINS, jax.random.key(0))
     with pytest.raises(ValueError, match="signal has shape"):
         rollout_gdro.update(cfg, state, BINS, plan, np.zeros(3), np.zeros(64))
+
+
+@pytest.mark.parametrize("bad", [4, -1])
+def test_bins_that_are_not_there(bad):
+    """Their prompts would get rollouts that no budget counts."""
+    cfg = rollout_gdro.Config(4)
+    state, bins, zeros = rollout_gdro.init(cfg), np.array([0, 1, bad], np.int32), np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match=f"bins holds {bad}: each must be in 0 ... 3"):
+        rollout_gdro.allocate(cfg, state, bins, jax.random.key(0))
+    plan = allocate(cfg, state, np.array([0, 1, 2], np.int32), jax.random.key(0))
+    with pytest.raises(ValueError, match=f"bins holds {bad}: each must be in 0 ... 3"):
+        rollout_gdro.update(cfg, state, bins, plan, zeros, zeros)
