@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 
@@ -43,11 +44,26 @@ def flag(field: str, value: object) -> None:
 
 
 def int_vector(name: str, value: ArrayLike, length: int | None = None) -> jax.Array:
-    """`value` as int32[length]; ValueError for another rank, length or a dtype that is not integer."""
+    """`value` as int32[length]; ValueError for another rank, length or dtype, and for what int32 cannot hold."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:  # JAX would wrap it around
+        for extreme in (int(value.min()), int(value.max())):
+            if not -(2**31) <= extreme < 2**31:
+                raise ValueError(f"{name} holds {extreme}: it must fit into int32")
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {array.dtype}: it must be an integer array")
     return _vector(name, array, length).astype(jnp.int32)
+
+
+def id_vector(name: str, value: ArrayLike, size: int) -> jax.Array:
+    """Ids as int32[P]; ValueError as of `int_vector`, and, where it can be seen, for one below `size` given twice."""
+    ids = int_vector(name, value)
+    if not isinstance(ids, jax.core.Tracer):
+        known = np.sort(np.asarray(ids))
+        twice = known[1:][(known[1:] == known[:-1]) & (known[1:] >= 0) & (known[1:] < size)]
+        if twice.size:
+            raise ValueError(f"{name} holds {int(twice[0])} twice: an id may not repeat")
+    return ids
 
 
 def bin_vector(value: ArrayLike, num_bins: int) -> jax.Array:

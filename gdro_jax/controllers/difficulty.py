@@ -126,9 +126,10 @@ def credible_interval(cfg: Config, state: State, prompt_ids: ArrayLike) -> tuple
 def update(cfg: Config, state: State, prompt_ids: ArrayLike, num_correct: ArrayLike, num_rollouts: ArrayLike) -> State:
     """The state after a step's outcomes, int32[P] each: `num_correct` right of `num_rollouts` scored rollouts.
 
-    An id may not repeat in one call. A prompt with no scored rollout, or an id outside the data set, changes nothing.
+    An id may not repeat in one call: a ValueError outside jit; inside, one of its outcomes would be lost. A prompt with
+    no scored rollout, or an id outside the data set, changes nothing.
     """
-    ids = _checks.int_vector("prompt_ids", prompt_ids)
+    ids = _checks.id_vector("prompt_ids", prompt_ids, state.visits.shape[0])
     n = _checks.int_vector("num_rollouts", num_rollouts, ids.shape[0])
     c = jnp.clip(_checks.int_vector("num_correct", num_correct, ids.shape[0]), 0, jnp.maximum(n, 0))
     old = _rows(state, ids)

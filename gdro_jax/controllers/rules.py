@@ -105,7 +105,8 @@ def compose(cfg: Config) -> Rule:
     """The rule that `cfg` describes.
 
     init(key) -> state.
-    plan(state, candidate_ids int[C >= P] in data order, key) -> (plan, state): the first P, whose ids must be distinct.
+    plan(state, candidate_ids int[C >= P] in data order, key) -> (plan, state): the first P, whose ids must be distinct
+        (ValueError outside jit).
     update(state, plan, outcome) -> state.
     metrics(state, plan) -> flat dict of scalars and [B] arrays.
     reweigh(state, plan) -> float32[P], the weights from the state given, for `use_current_batch`; else plan.weights.
@@ -123,7 +124,7 @@ def compose(cfg: Config) -> Rule:
         ids = _checks.int_vector("candidate_ids", candidate_ids)
         if ids.shape[0] < cfg.prompts_per_step:
             raise _checks.reject("len(candidate_ids)", ids.shape[0], f"at least {cfg.prompts_per_step}")
-        ids = ids[: cfg.prompts_per_step]
+        ids = _checks.id_vector("candidate_ids", ids[: cfg.prompts_per_step], cfg.num_prompts)
         bins = difficulty.bins(cfg.difficulty, state.difficulty, ids)
         weight_key, rollout_key, shuffle_key = (jax.random.fold_in(key, purpose) for purpose in range(3))
         lender = _lenders(cfg.difficulty.num_bins, bins, weight_key) if cfg.shuffle == "weights" else None

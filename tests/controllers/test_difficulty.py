@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from gdro_jax import controllers
 from gdro_jax.controllers import beta, difficulty
 
 
@@ -213,6 +214,19 @@ def test_nothing_scored_and_foreign_ids_change_nothing():
 def test_bad_fields(field, value, said):
     with pytest.raises(ValueError, match=f"{field}=.*{said}"):
         difficulty.Config(**{field: value})
+
+
+def test_an_id_twice_is_refused_and_so_is_one_that_int32_would_wrap():
+    cfg = difficulty.Config()
+    state, two = difficulty.init(cfg, 4), np.array([1, 0])
+    with pytest.raises(ValueError, match="prompt_ids holds 1 twice: an id may not repeat"):
+        difficulty.update(cfg, state, [1, 1], two, two)
+    rule = controllers.make("uniform", num_prompts=4, prompts_per_step=2, mean_rollouts=2)
+    with pytest.raises(ValueError, match="candidate_ids holds 3 twice"):
+        rule.plan(rule.init(jax.random.key(0)), np.array([3, 3, 1]), jax.random.key(0))
+    with pytest.raises(ValueError, match="prompt_ids holds 4294967297: it must fit into int32"):
+        difficulty.bins(cfg, state, np.array([2**32 + 1]))  # would be prompt 1
+    jax.tree.map(np.testing.assert_array_equal, state, difficulty.update(cfg, state, [-1, -1], two, two))
 
 
 def test_bad_arguments():
