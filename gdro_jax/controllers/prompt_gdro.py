@@ -82,6 +82,17 @@ def distribution(cfg: Config, state: State) -> jax.Array:
     return (1.0 - cfg.exploration) * jax.nn.softmax(log_omega(cfg, state)) + cfg.exploration / cfg.num_bins
 
 
+def distribution_among(cfg: Config, state: State, present: jax.Array) -> jax.Array:
+    """q over the bins present alone, float32[B]; 0 if none is. `present` bool[B].
+
+    Of their own softmax where nothing is mixed in: beside a far larger weight of an absent bin theirs may all be 0.
+    """
+    if cfg.exploration == 0.0:
+        return jnp.where(present, jax.nn.softmax(jnp.where(present, log_omega(cfg, state), -2.0 * _HUGE)), 0.0)
+    q = jnp.where(present, distribution(cfg, state), 0.0)
+    return q / jnp.maximum(jnp.sum(q), jnp.finfo(jnp.float32).tiny)
+
+
 def weights(cfg: Config, state: State, bins: ArrayLike) -> jax.Array:
     """What the advantages of each prompt's rows are multiplied by (Eq. 16), float32[P].
 
@@ -115,8 +126,7 @@ def update(cfg: Config, state: State, bins: ArrayLike, signal: ArrayLike) -> Sta
     if cfg.divide_by_share:
         share = counts / jnp.maximum(jnp.sum(counts), 1.0)
         loss = loss / jnp.maximum(share, cfg.share_floor)
-    q = jnp.where(present, distribution(cfg, state), 0.0)
-    expected = jnp.sum(q * loss) / jnp.maximum(jnp.sum(q), jnp.finfo(jnp.float32).tiny)
+    expected = jnp.sum(distribution_among(cfg, state, present) * loss)
     scores = (1.0 - cfg.ema) * state.scores + cfg.ema * loss
     return State(
         scores=jnp.where(present, scores, state.scores),

@@ -193,9 +193,8 @@ def _allocate(cfg: Config, state: State, bins: jax.Array, ids: jax.Array, key: j
         return None
     q = None
     if cfg.prompt is not None and state.prompt is not None:  # both adversaries play one game: sum_b q_b L_b(n_b)
-        q = prompt_gdro.distribution(cfg.prompt, state.prompt)
-        q = jnp.where(prompt_gdro.bin_counts(cfg.prompt.num_bins, bins) > 0, q, 0.0)
-        q = q / jnp.maximum(jnp.sum(q), jnp.finfo(jnp.float32).tiny)
+        present = prompt_gdro.bin_counts(cfg.prompt.num_bins, bins) > 0
+        q = prompt_gdro.distribution_among(cfg.prompt, state.prompt, present)
     return rollout_gdro.allocate(cfg.rollout, state.rollout, bins, key, bin_weights=q, prompt_ids=ids)
 
 

@@ -122,6 +122,16 @@ def test_regret_is_recomputed_from_the_history():
     np.testing.assert_allclose(state.regret, want, atol=1e-4)
 
 
+def test_an_absent_bin_of_all_the_weight_does_not_hide_the_others():
+    """omega = (e^250, 1, 1) without exploration: over bins 1 and 2 q is (1/2, 1/2) all the same."""
+    cfg = prompt_gdro.Config(3, step_size=50.0, score_clip=None, exploration=0.0, ema_debias=False)
+    state = prompt_gdro.init(cfg)._replace(scores=jnp.array([5.0, 0.0, 0.0]))
+    np.testing.assert_allclose(prompt_gdro.update(cfg, state, [1, 2], [0.5, 0.7]).regret, [0.0, -0.1, 0.1], atol=1e-6)
+    among = prompt_gdro.distribution_among(cfg, state, jnp.array([False, True, True]))
+    np.testing.assert_allclose(among, [0.0, 0.5, 0.5], rtol=1e-6)
+    assert prompt_gdro.distribution_among(cfg, state, jnp.zeros(3, bool)).tolist() == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
