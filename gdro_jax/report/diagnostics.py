@@ -23,7 +23,9 @@ def lead_lag(groups: Groups) -> Figure | None:
 
 def effective_bins(groups: Groups) -> Figure | None:
     """exp of the entropy of the adversary's distribution."""
-    figure = line_panels(groups, [("effective_bins", "", "effective bins (count)")], width=9, height=3.8, columns=1)
+    figure = line_panels(
+        groups, [("controller.effective_bins", "", "effective bins (count)")], width=9, height=3.8, columns=1
+    )
     if figure is not None:
         figure.axes[0].set_ylim(bottom=0)
     return figure

@@ -48,6 +48,7 @@ def diagnostic_record(record: Mapping[str, np.ndarray], mean_rollouts: int) -> d
     """Section 8 of the method: lead-lag, weighted standard error and its reduction against uniform, effective bins.
 
     The weighted distribution is each bin's share of the step's total prompt weight; bins without prompts have none.
+    Lead-lag and effective bins are of it; those of an adversary's own q are the rule's (`controllers.reporting`).
     """
     share = record["share"]
     weighted = share * np.nan_to_num(record["weight"])

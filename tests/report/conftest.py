@@ -78,6 +78,7 @@ def simulate(
         std = np.sqrt(middle * (1 - middle))
         n = 4 * std / (share * std).sum() if moves else np.full(bins, 4.0)
         q = w * share / (w * share).sum()
+        effective = float(np.exp(-(q[present] * np.log(q[present])).sum()))
         wse, wse_uniform = (share * std / np.sqrt(n)).sum(), (share * std / 2).sum()
         push = 0.02 * (1 + (0.8 * np.exp(-level) / (1 + np.exp(-level)) if weighs else 0) + (0.15 if moves else 0))
         level = level + push * (100 / max(steps, 100)) * np.exp(-((level - 0.5) ** 2) / 10)
@@ -115,13 +116,14 @@ def simulate(
                 "reward": np.where(present, middle, np.nan),
                 "reward_std": np.where(present, std, np.nan),
             },
-            "controller": ({"q": q} if weighs else {}) | ({"price": mu, "forced_uniform": 0} if moves else {}),
+            "controller": ({"q": q, "effective_bins": effective} if weighs else {})
+            | ({"price": mu, "forced_uniform": 0} if moves else {}),
             "strata": {"share": {}, "reward": {}, "rollouts": {}},
             "lead_lag": float((np.arange(bins) * (q - share)).sum()),
             "wse": wse,
             "wse_uniform": wse_uniform,
             "wse_reduction": 1 - wse / wse_uniform,
-            "effective_bins": float(np.exp(-(q[present] * np.log(q[present])).sum())) if weighs else np.nan,
+            "effective_bins": effective,  # of the weighted shares, which a rule without an adversary has too
             "ledger": dict(ledger),
             "seconds": seconds,
             "compiles": 3,
