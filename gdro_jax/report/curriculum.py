@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from gdro_jax.report.runs import Run
-from gdro_jax.report.series import Series, per_bin
+from gdro_jax.report.series import Series, batch_mean, per_bin
 from gdro_jax.report.statistics import nan_mean
 from gdro_jax.report.style import FAINT, INK, display_name, dress, new_figure
 
@@ -58,19 +58,14 @@ def shares(groups: Groups) -> Figure | None:
 
 def weights(groups: Groups) -> Figure | None:
     """Heatmap of a bin's weight over the mean weight of the step's prompts; white is 1."""
-    found = _having(groups, "weight")
-    relative: dict[str, Series] = {}
-    for method, series in found.items():
-        share = per_bin(groups[method], "bins", "share")
-        mean = _batch_mean(series, share)[:, None]
-        relative[method] = Series(x=series.x, mean=series.mean / np.where(mean > 0, mean, np.nan), spread=series.spread)
-    return _heatmaps(groups, relative, 1.0, "weight relative to the step's mean", "x")
+    found = _having(groups, "weight", relative=True)
+    return _heatmaps(groups, found, 1.0, "weight relative to the step's mean", "x")
 
 
 def rollouts(groups: Groups) -> Figure | None:
     """Heatmap of a bin's mean rollouts per prompt; white is the mean budget."""
     found = _having(groups, "rollouts")
-    budgets = [_batch_mean(series, per_bin(groups[method], "bins", "share")) for method, series in found.items()]
+    budgets = [batch_mean(run, "bins", "rollouts") for method in found for run in groups[method]]
     center = float(nan_mean(np.concatenate(budgets), 0)) if budgets else np.nan
     return _heatmaps(groups, found, center if center > 0 else 1.0, "rollouts per prompt", "")
 
@@ -131,18 +126,9 @@ def _apart(ticks: Sequence[float], reach: float) -> list[float]:
     return sorted(kept)
 
 
-def _having(groups: Groups, field: str) -> dict[str, Series]:
-    found = {method: per_bin(runs, "bins", field) for method, runs in groups.items()}
+def _having(groups: Groups, field: str, relative: bool = False) -> dict[str, Series]:
+    found = {method: per_bin(runs, "bins", field, relative=relative) for method, runs in groups.items()}
     return {method: series for method, series in found.items() if not series.empty}
-
-
-def _batch_mean(series: Series, share: Series) -> np.ndarray:
-    """float[N]: mean over the step's prompts of a per-bin value; the plain mean of bins where shares are not logged."""
-    if share.mean.shape != series.mean.shape:
-        return nan_mean(series.mean, 1)
-    mass = np.where(np.isfinite(series.mean) & np.isfinite(share.mean), share.mean, 0.0)
-    total = mass.sum(axis=1)
-    return np.where(total > 0, (mass * np.nan_to_num(series.mean)).sum(axis=1) / np.where(total > 0, total, 1), np.nan)
 
 
 def _panels(found: Mapping[str, Series]) -> tuple[Figure, list[Axes]]:

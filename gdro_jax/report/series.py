@@ -34,9 +34,10 @@ def per_step(runs: Sequence[Run], *path: str) -> Series:
     )
 
 
-def per_bin(runs: Sequence[Run], *path: str) -> Series:
+def per_bin(runs: Sequence[Run], *path: str, relative: bool = False) -> Series:
     """A [B] list of every training record, averaged over seeds; leading records without it (step 0) are dropped.
 
+    `relative` divides each run's by its own `batch_mean` first: seeds have other prompts in a bin.
     Raises RunError where runs of the method have different numbers of bins.
     """
     widths = {run.vectors(*path).shape[1] for run in runs} - {0}
@@ -46,7 +47,25 @@ def per_bin(runs: Sequence[Run], *path: str) -> Series:
     having = [run for run in runs if run.vectors(*path).shape[1]]
     if not having:
         return Series(x=np.empty(0), mean=np.empty((0, 0)), spread=np.empty((0, 0)))
-    return _aligned(having, lambda run: run.vectors(*path), lambda run: np.flatnonzero(run.steps > 0))
+
+    def values(run: Run) -> np.ndarray:
+        found = run.vectors(*path)
+        if not relative:
+            return found
+        mean = batch_mean(run, *path)[:, None]
+        return found / np.where(mean > 0, mean, np.nan)
+
+    return _aligned(having, values, lambda run: np.flatnonzero(run.steps > 0))
+
+
+def batch_mean(run: Run, *path: str) -> np.ndarray:
+    """float[N]: a record's [B] list as a mean over the step's prompts, over the bins where shares are not logged."""
+    found, share = run.vectors(*path), run.vectors("bins", "share")
+    if share.shape != found.shape:
+        return nan_mean(found, 1)
+    mass = np.where(np.isfinite(found) & np.isfinite(share), share, 0.0)
+    total = mass.sum(axis=1)
+    return np.where(total > 0, (mass * np.nan_to_num(found)).sum(axis=1) / np.where(total > 0, total, 1), np.nan)
 
 
 def per_evaluation(runs: Sequence[Run], measure: str, stratum: str | None = None) -> Series:

@@ -91,6 +91,18 @@ def test_bins_that_differ_and_gaps_are_drawn(make_run, write_run):
     assert "odd <name>" not in text
 
 
+def test_weights_are_relative_to_each_seeds_own_mean(write_run):
+    """Two seeds whose mean weight is 1 each, though their prompts lie in other bins: means of 1 and 4, and of 2/3."""
+    seeds = (([1.0, 0.0], [1.0, None]), ([0.1, 0.9], [4.0, 2 / 3]))
+    runs = []
+    for seed, (share, weight) in enumerate(seeds):
+        bins = {"share": share, "weight": weight, "rollouts": [4.0, 4.0]}
+        records = [{"step": step, "bins": bins, "ledger": {"rollouts": 8 * step}} for step in (1, 2)]
+        runs.append(report.read_run(write_run(f"s{seed}", records, "joint", seed)))
+    drawn_weights = curriculum.weights({"joint": runs}).axes[0].collections[0].get_array()
+    np.testing.assert_allclose(np.ma.filled(drawn_weights, -1.0), [[2.5, 2.5], [2 / 3, 2 / 3]])
+
+
 def test_unequal_budgets_are_loud_on_the_page(make_run):
     one = make_run("a", method="uniform", rollouts_per_step=512)
     two = make_run("b", method="joint", rollouts_per_step=500)
