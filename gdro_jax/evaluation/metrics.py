@@ -46,11 +46,10 @@ def pass_at_k(num_correct: ArrayLike, num_samples: ArrayLike, k: int) -> NDArray
         float64[N], the chance that k samples drawn without replacement hold a right one.
 
     Raises:
-        ValueError: k < 1, c outside 0..n, or n < k (there the estimator does not exist).
+        ValueError: k < 1 or no whole number, c outside 0..n, or n < k (there the estimator does not exist).
     """
     correct, samples = _counts(num_correct, num_samples)
-    if k < 1:
-        raise ValueError(f"k: {k!r} is not allowed; it must be at least 1")
+    _check_k(k)
     if samples.size and int(samples.min()) < k:
         raise ValueError(f"num_samples: {int(samples.min())} is fewer than k = {k}; pass@k needs at least k samples")
     drawn = np.arange(k, dtype=np.float64)
@@ -81,7 +80,12 @@ def maj_at_k(
         right: whether each of these samples was graded right.
         k: how many of the samples vote, None for all. The mean over all choices of k, or over ``SUBSETS`` of them drawn
             with a fixed seed where there are more, which leaves it unbiased; NaN for a prompt with fewer samples.
+
+    Raises:
+        ValueError: k < 1 or no whole number, or a prompt with more answers than grades, or fewer.
     """
+    if k is not None:
+        _check_k(k)
     return np.array([_majority(*votes, k) for votes in zip(answers, right, strict=True)], dtype=np.float64)
 
 
@@ -152,6 +156,11 @@ def _counts(num_correct: ArrayLike, num_samples: ArrayLike) -> tuple[NDArray[np.
             "it must be in 0..num_samples"
         )
     return correct.astype(np.int64), samples.astype(np.int64)
+
+
+def _check_k(k: int) -> None:
+    if k < 1 or k % 1:
+        raise ValueError(f"k: {k!r} is not allowed; it must be a whole number of at least 1")
 
 
 def _values(values: ArrayLike) -> NDArray[np.float64]:

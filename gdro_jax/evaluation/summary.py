@@ -1,7 +1,7 @@
 """The summary of an evaluation: overall, by stratum, the worst stratum, each with an interval over its prompts."""
 
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -68,8 +68,7 @@ def summarise(
         ValueError: unlike lengths or bad counts.
         NothingScorableError: no prompt with a scorable sample.
     """
-    correct = np.asarray(num_correct, dtype=np.int64)
-    samples = np.asarray(num_samples, dtype=np.int64)
+    correct, samples = np.asarray(num_correct), np.asarray(num_samples)
     names = np.asarray(list(strata), dtype=object)
     if not correct.shape == samples.shape == names.shape:
         raise ValueError(
@@ -96,8 +95,8 @@ def summarise(
 
 
 def _stats(
-    correct: NDArray[np.int64],
-    samples: NDArray[np.int64],
+    correct: NDArray[Any],
+    samples: NDArray[Any],
     k: int,
     intervals: bool,
     resamples: int,

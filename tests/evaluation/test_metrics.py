@@ -37,6 +37,7 @@ def test_pass_at_1_is_the_mean_and_large_counts_do_not_overflow() -> None:
     ("correct", "samples", "k", "message"),
     [
         ([1], [4], 0, "k: 0"),
+        ([1], [4], 2.5, "k: 2.5"),
         ([1], [4], 5, "fewer than k = 5"),
         ([5], [4], 2, "5 of 4"),
         ([-1], [4], 2, "-1 of 4"),
@@ -71,6 +72,9 @@ def test_majority_of_k_is_the_mean_over_choices() -> None:
     assert evaluation.maj_at_k(answers, right, 3)[0] == pytest.approx(np.mean(whole))
     assert evaluation.maj_at_k(answers, right, 1)[0] == pytest.approx(0.4)  # mean@1
     assert np.isnan(evaluation.maj_at_k(answers, right, 6)[0])
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k: {k} is not allowed"):
+            evaluation.maj_at_k(answers, right, k)
     many = [[str(n % 7) for n in range(40)]], [[n % 7 == 0 for n in range(40)]]
     assert abs(evaluation.maj_at_k(*many, 1)[0] - 6 / 40) < 0.1
 

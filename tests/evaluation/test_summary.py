@@ -45,3 +45,6 @@ def test_summaries_refuse() -> None:
         evaluation.summarise([0], [0], ["a"], 1)
     with pytest.raises(ValueError, match="3 of 2"):
         evaluation.summarise([3], [2], ["a"], 1)
+    for correct, samples, name in (([1.9], [2], "num_correct"), ([1], [2.9], "num_samples")):
+        with pytest.raises(ValueError, match=f"{name}: a value is not a whole number"):
+            evaluation.summarise(correct, samples, ["a"], 1)
