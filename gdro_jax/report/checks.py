@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from gdro_jax.report.runs import Run
-from gdro_jax.report.scores import by_method, rollouts_at_score
+from gdro_jax.report.scores import by_method, problems_at_score, rollouts_at_score
 from gdro_jax.report.style import BASELINE, display_name
 
 # Settings that runs of one comparison may differ in: what is compared, and where a run was written.
@@ -16,10 +16,16 @@ def same_budget(runs: Sequence[Run], baseline: Sequence[Run]) -> bool:
     return all(rollouts_at_score(run) == theirs[run.seed] for run in runs if run.seed in theirs)
 
 
+def same_problems(runs: Sequence[Run], baseline: Sequence[Run]) -> bool:
+    """True where the final scores of each seed that both have are of equally many problems."""
+    theirs = {run.seed: problems_at_score(run) for run in baseline}
+    return all(problems_at_score(run) == theirs[run.seed] for run in runs if run.seed in theirs)
+
+
 def check(runs: Sequence[Run]) -> list[str]:
     """One sentence for each thing that a reader must know before comparing; empty for a fair, complete comparison."""
     groups = by_method(runs)
-    found = _budgets(groups)
+    found = _budgets(groups) + _problems(groups)
     for run in runs:
         if run.truncated:
             found.append(
@@ -63,6 +69,20 @@ def _budgets(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     return [
         f"Rollout budgets are not equal, final scores are not comparable as they stand ({listed} rollouts).{refused}"
     ]
+
+
+def _problems(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    """A run that stopped early was last evaluated on a part of the problems, `eval.problems_per_stratum` of each."""
+    numbers = {run.folder.name: problems_at_score(run) for its in groups.values() for run in its}
+    known = {name: number for name, number in numbers.items() if number is not None}
+    if len(set(known.values())) < 2:
+        return []
+    listed = "; ".join(f"{name} {number:,.0f}" for name, number in known.items())
+    unfair = [
+        display_name(method) for method, its in groups.items() if not same_problems(its, groups.get(BASELINE, []))
+    ]
+    refused = f" Differences from {display_name(BASELINE)} are refused for: {', '.join(unfair)}." if unfair else ""
+    return [f"Final scores are of unequal numbers of problems ({listed}).{refused}"]
 
 
 def _settings(runs: Sequence[Run]) -> list[str]:

@@ -126,6 +126,15 @@ def rollouts_at_score(run: Run) -> float | None:
     return float(value) if np.isfinite(value) else rollouts_at_end(run)
 
 
+def problems_at_score(run: Run) -> float | None:
+    """Problems of the last evaluation, those without a scorable response too; None where it does not say."""
+    at = run.evaluated
+    if not at.size:
+        return None
+    scored, left_out = (run.scalars("eval", *path)[at[-1]] for path in (("overall", "n"), ("left_out",)))
+    return float(scored + np.nan_to_num(left_out)) if np.isfinite(scored) else None
+
+
 def _last(values: np.ndarray) -> float | None:
     """The last evaluation's value; None where it is null: an earlier one would be another budget's score."""
     return float(values[-1]) if values.size and np.isfinite(values[-1]) else None

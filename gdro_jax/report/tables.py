@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from gdro_jax.report.checks import check, same_budget
+from gdro_jax.report.checks import check, same_budget, same_problems
 from gdro_jax.report.runs import Run
 from gdro_jax.report.scores import (
     MEASURES,
@@ -28,7 +28,8 @@ def table(runs: Sequence[Run]) -> list[Row]:
     baseline with its 95 % Student t interval, paired over seeds; `worst_stratum` (by mean@1); `rollouts`, `tokens`,
     `seconds` (means over seeds) and `steps` (most steps of a seed); `budget_matched`.
     Scores are fractions in [0, 1]; None where there is nothing. A pair of unequal rollout budgets is no comparison:
-    with one such pair the method's differences are None and `budget_matched` is False.
+    with one such pair the method's differences are None and `budget_matched` is False. Nor is one whose final scores
+    are of unequal numbers of problems.
     """
     groups = by_method(runs)
     scores = {method: {run.seed: curves(run) for run in its} for method, its in groups.items()}
@@ -48,26 +49,28 @@ def strata_table(runs: Sequence[Run]) -> list[Row]:
         problems = next((n for run in runs if (n := run.last("eval", "strata", stratum, "n")) is not None), None)
         for method, its in groups.items():
             row: Row = {"stratum": stratum, "problems": problems, "method": method, "name": display_name(method)}
-            matched = same_budget(its, groups.get(BASELINE, []))
+            baseline = groups.get(BASELINE, [])
+            comparable = same_budget(its, baseline) and same_problems(its, baseline)
             for part in ("mean", "pass"):
                 finals = {
                     name: {seed: one.final_stratum(stratum, part) for seed, one in scores[name].items()}
                     for name in {method, BASELINE} & set(scores)
                 }
-                row |= _summary(part, method, finals, matched)
+                row |= _summary(part, method, finals, comparable)
             rows.append(row)
     return rows
 
 
 def _row(method: str, its: Sequence[Run], baseline: Sequence[Run], scores: Mapping[str, Mapping[int, Curves]]) -> Row:
     matched = same_budget(its, baseline)
+    comparable = matched and same_problems(its, baseline)
     row: Row = {"method": method, "name": display_name(method), "seeds": [run.seed for run in its]}
     for measure in MEASURES:
         finals = {
             name: {seed: one.final(measure) for seed, one in scores[name].items()}
             for name in {method, BASELINE} & set(scores)
         }
-        row |= _summary(measure, method, finals, matched)
+        row |= _summary(measure, method, finals, comparable)
     row["worst_stratum"] = _worst_stratum(its, scores[method])
     row["rollouts"] = mean_and_spread([rollouts_at_end(run) for run in its])[0]
     for cost in ("tokens", "seconds"):
@@ -77,9 +80,9 @@ def _row(method: str, its: Sequence[Run], baseline: Sequence[Run], scores: Mappi
     return row
 
 
-def _summary(measure: str, method: str, finals: Mapping[str, Mapping[int, float | None]], matched: bool) -> Row:
+def _summary(measure: str, method: str, finals: Mapping[str, Mapping[int, float | None]], comparable: bool) -> Row:
     mean, spread = mean_and_spread(list(finals[method].values()))
-    compared = matched and method != BASELINE and BASELINE in finals
+    compared = comparable and method != BASELINE and BASELINE in finals
     difference = paired_difference(finals[method], finals[BASELINE]) if compared else None
     return {measure: mean, f"{measure}_spread": spread, f"{measure}_difference": difference}
 

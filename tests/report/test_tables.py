@@ -127,6 +127,23 @@ def test_unequal_budgets_are_refused_aloud(write_run):
     assert report.check([runs[0], runs[2]]) == []
 
 
+def test_scores_of_unequal_numbers_of_problems_are_not_compared(write_run):
+    """A run that was stopped was last evaluated on a part of the problems; one without a scorable response counts."""
+    runs = []
+    for method, n, left_out in (("uniform", 20, 0), ("joint", 8, 0), ("prompt_gdro", 19, 1)):
+        records = ended((0.1, 0.5), (0.3, 0.6))
+        records[-1]["eval"]["overall"]["n"], records[-1]["eval"]["left_out"] = n, left_out
+        runs.append(report.read_run(write_run(method, records, method)))
+    rows = {row["method"]: row for row in report.table(runs)}
+    assert rows["joint"]["mean_difference"] is None and rows["joint"]["budget_matched"] is True
+    assert rows["prompt_gdro"]["mean_difference"].mean == 0.0
+    strata = {(row["stratum"], row["method"]): row["mean_difference"] for row in report.strata_table(runs)}
+    assert strata["hard", "joint"] is None and strata["hard", "prompt_gdro"] is not None
+    (warning,) = report.check(runs)
+    assert "unequal numbers of problems (uniform 20; prompt_gdro 20; joint 8)" in warning
+    assert warning.endswith("refused for: both.")
+
+
 def test_what_is_incomplete_or_differs_is_said(write_run):
     first = ended((0.1, 0.5), (0.3, 0.6))
     runs = [
