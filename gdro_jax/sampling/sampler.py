@@ -93,23 +93,25 @@ class Sampler(Engine):
 
         Raises:
           ValueError: an empty prompt, a prompt longer than `prompt_length`, a token outside the vocabulary, no rows,
-            an index outside the prompts, identities that are not one for each prompt, or limits that are not one in
-            1..max_new_tokens for each row.
+            an index outside the prompts, identities that are not one for each prompt, limits that are not one in
+            1..max_new_tokens for each row, or any of these that is no whole number.
         """
-        index = np.asarray(prompt_index, np.int32)
+        index = np.asarray(prompt_index)
         tokens, mask = self._pad(prompts, prompt_length)
-        if not index.size or index.min() < 0 or index.max() >= len(prompts):
-            raise ValueError(f"prompt_index: needs at least one row and values in 0..{len(prompts) - 1}")
+        if not _whole(index) or not index.size or index.min() < 0 or index.max() >= len(prompts):
+            raise ValueError(f"prompt_index: needs at least one row and values in 0..{len(prompts) - 1}, whole numbers")
+        index = index.astype(np.int32)
         if limits is not None:
-            limits = np.asarray(limits, np.int32)
-            longest = self.config.max_new_tokens
-            if limits.shape != index.shape or limits.min() < 1 or limits.max() > longest:
-                raise ValueError(f"limits: needs {len(index)} of them, in 1..max_new_tokens={longest}")
+            limits, longest = np.asarray(limits), self.config.max_new_tokens
+            if limits.shape != index.shape or not _whole(limits) or limits.min() < 1 or limits.max() > longest:
+                raise ValueError(f"limits: needs {len(index)} of them, in 1..max_new_tokens={longest}, whole numbers")
+            limits = limits.astype(np.int32)
         ids = np.array([zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts], np.uint32)
         if prompt_ids is not None:
-            ids = np.asarray(prompt_ids).astype(np.uint32)
-            if ids.shape != (len(prompts),):
-                raise ValueError(f"prompt_ids: needs {len(prompts)} of them, one for each prompt")
+            ids = np.asarray(prompt_ids)
+            if ids.shape != (len(prompts),) or not _whole(ids):
+                raise ValueError(f"prompt_ids: needs {len(prompts)} of them, one for each prompt, whole numbers")
+            ids = ids.astype(np.uint32)
         return self.rows(tokens, mask, index, ids[index], key, limits)
 
     def stream(
@@ -178,6 +180,11 @@ def reader(
     dtype = config.cache_dtype or str(jnp.dtype(model.compute_dtype or model.embed.dtype))
     heads = heads // over if heads % over == 0 else heads
     return paged.choose(config.cache, platform, model.config.head_dim, heads, dtype, config.page_tokens)
+
+
+def _whole(values: np.ndarray) -> bool:
+    """Whether these are integers in one dimension; of none no dtype tells."""
+    return values.ndim == 1 and (values.dtype.kind in "iu" or not values.size)
 
 
 def ranks(identity: np.ndarray) -> np.ndarray:

@@ -231,6 +231,8 @@ def test_update_replaces_the_policy(tiny_model):
         ([[1]], [], None, "prompt_index: needs at least one row"),
         ([[1]], [0, 1], None, r"values in 0\.\.0"),
         ([[1]], [-1], None, r"values in 0\.\.0"),
+        ([[1], [2]], [0.9, 1.0], None, r"values in 0\.\.1, whole numbers"),
+        ([[1], [2]], [[0, 1], [1, 0]], None, r"values in 0\.\.1, whole numbers"),
     ],
 )
 def test_bad_calls(free, prompts, index, length, message):
@@ -238,13 +240,13 @@ def test_bad_calls(free, prompts, index, length, message):
         free(prompts, index, KEY, prompt_length=length)
 
 
-@pytest.mark.parametrize("limits", [[0] + [2] * 9, [LENGTH + 1] + [2] * 9, [2] * 9, [[2] * 10]])
+@pytest.mark.parametrize("limits", [[0] + [2] * 9, [LENGTH + 1] + [2] * 9, [2] * 9, [[2] * 10], [1.5] * 10])
 def test_bad_limits(free, limits):
     with pytest.raises(ValueError, match=rf"limits: needs 10 of them, in 1\.\.max_new_tokens={LENGTH}"):
         free(PROMPTS, INDEX, KEY, limits=limits)
 
 
-@pytest.mark.parametrize("ids", [[1, 2, 3], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("ids", [[1, 2, 3], [1, 2, 3, 4, 5], [0.1, 0.2, 0.3, 0.4]])
 def test_identities_are_one_for_each_prompt(free, ids):
     with pytest.raises(ValueError, match="prompt_ids: needs 4 of them, one for each prompt"):
         free(PROMPTS, INDEX, KEY, prompt_ids=ids)
