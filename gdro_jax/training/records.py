@@ -49,18 +49,23 @@ def diagnostic_record(record: Mapping[str, np.ndarray], mean_rollouts: int) -> d
 
     The weighted distribution is each bin's share of the step's total prompt weight; bins without prompts have none.
     Lead-lag and effective bins are of it; those of an adversary's own q are the rule's (`controllers.reporting`).
+    Standard errors are over the bins with a prompt of two scored rollouts, which alone have a variance; NaN of none.
     """
     share = record["share"]
     weighted = share * np.nan_to_num(record["weight"])
     weighted = weighted / weighted.sum() if weighted.sum() > 0 else share
     std, counts = np.nan_to_num(record["reward_std"]), np.nan_to_num(record["rollouts"], nan=float(mean_rollouts))
-    wse = float(diagnostics.weighted_standard_error(share, std, np.maximum(counts, 1.0)))
-    uniform = float(diagnostics.weighted_standard_error(share, std, np.full_like(counts, mean_rollouts)))
+    known = np.where(np.isfinite(record["reward_std"]), share, 0.0)
+    wse, uniform = math.nan, math.nan
+    if known.any():
+        mass = known / known.sum()
+        wse = float(diagnostics.weighted_standard_error(mass, std, np.maximum(counts, 1.0)))
+        uniform = float(diagnostics.weighted_standard_error(mass, std, np.full_like(counts, mean_rollouts)))
     return {
         "lead_lag": float(diagnostics.lead_lag(weighted, share)),
         "wse": wse,
         "wse_uniform": uniform,
-        "wse_reduction": 1.0 - wse / uniform if uniform > 0 else 0.0,
+        "wse_reduction": 0.0 if uniform == 0 else 1.0 - wse / uniform,
         "effective_bins": float(diagnostics.effective_bins(weighted)),
     }
 

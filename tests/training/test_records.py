@@ -47,6 +47,12 @@ def test_diagnostics_by_hand():
     assert out["wse_reduction"] == pytest.approx(1 - out["wse"] / out["wse_uniform"])
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     assert out["effective_bins"] == pytest.approx(np.exp(entropy), rel=1e-5)
+    unknown = records.diagnostic_record(record | {"reward_std": np.array([0.6, np.nan])}, mean_rollouts=4)
+    assert (unknown["wse"], unknown["wse_uniform"]) == pytest.approx((0.6 / 3, 0.6 / 2))  # not half of it
+    nothing = records.diagnostic_record(record | {"reward_std": np.full(2, np.nan)}, mean_rollouts=1)
+    assert all(np.isnan(nothing[name]) for name in ("wse", "wse_uniform", "wse_reduction"))
+    certain = records.diagnostic_record(record | {"reward_std": np.zeros(2)}, mean_rollouts=4)
+    assert (certain["wse"], certain["wse_reduction"]) == (0.0, 0.0)
 
 
 def test_plain_values():
