@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gdro_jax import cli, eval_commands
+from gdro_jax.data.sources import Problem
 from gdro_jax.evaluation import metrics, store
 from gdro_jax.evaluation.run import Graded
 
@@ -253,8 +254,10 @@ def test_unlike_settings_are_not_compared(change, named, evaluated, tmp_path, ca
     settings = json.loads((tmp_path / "settings.json").read_text()) | change
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     if "samples" in change:  # complete under the other setting
-        store.write_rows(tmp_path / "math500.responses.jsonl", read(tmp_path) * 2)
-        store.write_rows(tmp_path / "gpqa.responses.jsonl", read(tmp_path, "gpqa") * 2)
+        for name in ("math500", "gpqa"):
+            rows = read(tmp_path, name)
+            more = [row | {"rank": row["rank"] + 4} for row in rows]
+            store.write_rows(tmp_path / f"{name}.responses.jsonl", rows + more)
     assert invoke("compare-evals", evaluated[0] / "one", tmp_path) == 2
     assert f"its {named} differ from those of" in capsys.readouterr().err
 
@@ -273,4 +276,16 @@ def test_an_evaluation_that_is_not_complete_says_so(evaluated, tmp_path, capsys)
         (tmp_path / file.name).write_bytes(file.read_bytes())
     store.write_rows(tmp_path / "math500.responses.jsonl", read(tmp_path)[:-1])
     assert invoke("compare-evals", evaluated[0] / "one", tmp_path) == 2
-    assert "math500 holds 31 of 32 responses; give the same gdro eval command" in capsys.readouterr().err
+    assert "math500 holds 31 of 32 responses, in 31 lines; give the same gdro eval" in capsys.readouterr().err
+
+
+def test_a_response_twice_is_not_another_one(tmp_path):
+    problems = [Problem(n, "", "1", "") for n in range(2)]
+    store.begin(tmp_path, {"samples": 2, "sets": {"a": {}}}, {"a": (problems, False)})
+    rows = [Graded(p.id, rank, "1", 1.0, True, True) for p in problems for rank in range(2)]
+    store.replace(tmp_path, "a", rows)
+    assert store.read(tmp_path).responses == {"a": rows}
+    for more, said in (([rows[0]], "4 of 4 responses, in 5 lines"), ([], "3 of 4 responses, in 4 lines")):
+        store.replace(tmp_path, "a", rows + more if more else [*rows[:3], rows[0]])
+        with pytest.raises(store.StoreError, match=said):
+            store.read(tmp_path)

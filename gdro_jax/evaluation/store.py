@@ -112,11 +112,12 @@ def read(folder: pathlib.Path) -> Saved:
             responses[name] = [Graded(**row) for row in _lines(_responses(folder, name))]
         except (TypeError, KeyError):
             raise StoreError(f"{folder}: {name} was not written by gdro eval") from None
-        wanted = len(problems[name]) * settings["samples"]
-        if len(responses[name]) != wanted:
+        wanted = {(problem.id, rank) for problem in problems[name] for rank in range(settings["samples"])}
+        there = [(row.problem, row.rank) for row in responses[name]]
+        if set(there) != wanted or len(there) != len(wanted):
             raise StoreError(
-                f"{folder}: {name} holds {len(responses[name])} of {wanted} responses; give the same gdro eval command "
-                "again to finish it"
+                f"{folder}: {name} holds {len(wanted.intersection(there))} of {len(wanted)} responses, in {len(there)} "
+                "lines; give the same gdro eval command again to finish it"
             )
     return Saved(settings, problems, responses)
 
