@@ -53,6 +53,23 @@ def test_the_published_steps_on_tpu_slices() -> None:
         assert all(sampler[name]["fits"] for name in ("start", "segment", "growing"))
 
 
+def test_the_published_updates_on_each_kind_of_chip() -> None:
+    lines = {
+        (line["model"], line["topology"]): line
+        for line in results("step_compile.jsonl")
+        if line["program"] == "update" and not line["changes"]
+    }
+    header = "| model | v5e:8x8, 15.75 GiB | v6e:8x8, 32 GiB | v5p:4x4x4, 95 GiB |"
+    chips = [column.split(", ") for column in header.strip("| ").split(" | ")[1:]]
+    rows = table(header)
+    assert [row[0] for row in rows] == ["1.7B", "4B", "8B"]
+    for model, *cells in rows:
+        for (topology, memory), cell in zip(chips, cells, strict=True):
+            line = lines[model, topology]
+            assert memory == f"{line['memory_gib']:g} GiB" and line["fits"]
+            assert cell == f"{line['gib']['total']:.1f}; {line['seconds_at_peak']:.1f} s"
+
+
 def test_padding_of_the_published_steps() -> None:
     """Within 15 % as they are shipped, prompts included."""
     lines = results("packing_published.jsonl")
