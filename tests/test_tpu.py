@@ -164,7 +164,7 @@ def test_each_host_takes_its_own_seed_and_folder(monkeypatch: pytest.MonkeyPatch
 def test_a_bad_field_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ, TPU_WORKER_ID="0"))
     assert host.main(["--each-host-seed", "--run.sede=1"]) == 2
-    assert re.fullmatch(r"host.py: .*'sede'; did you mean 'seed'\?\n", capsys.readouterr().err)
+    assert re.fullmatch(r"host.py: .*'sede' \(given 1\); did you mean 'seed'\?\n", capsys.readouterr().err)
 
 
 def test_hosts_join_one_job_which_is_found_out_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

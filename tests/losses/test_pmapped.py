@@ -79,7 +79,12 @@ def assert_same(got, want):
 
 @needs_devices
 @pytest.mark.parametrize(
-    ("aggregate", "devices"), [("sequence", 1), ("sequence", 3), ("sequence", 8), ("token", 8), ("constant", 8)]
+    ("aggregate", "devices"),
+    [
+        pytest.param("sequence", 1, marks=pytest.mark.slow),
+        pytest.param("sequence", 3, marks=pytest.mark.slow),
+        *(("sequence", 8), ("token", 8), ("constant", 8)),
+    ],
 )
 def test_devices_give_the_one_device_number(aggregate, devices):
     batch, prompts = step()

@@ -32,7 +32,8 @@ def test_there_are_no_more_tiles_than_the_worst_case_needs() -> None:
     assert decode.tiles_of(jnp.zeros(128, jnp.int32), 500, 1).slots.shape == (128, 1)
 
 
-@pytest.mark.parametrize("unrolled", [pytest.param(decode.UNROLLED, marks=pytest.mark.slow), 0])
+@pytest.mark.slow
+@pytest.mark.parametrize("unrolled", [decode.UNROLLED, 0])
 def test_slots_at_different_positions_read_their_own_context_only(monkeypatch, unrolled) -> None:
     """One decode of four slots, each with another prompt and another number of tokens behind it, by whole sequences."""
     monkeypatch.setattr(decode, "UNROLLED", unrolled)

@@ -32,7 +32,8 @@ def test_less_is_kept_the_stricter_the_policy() -> None:
     assert kept("none") > 1.3 * kept("products") > 1.3 * 1.3 * kept("block")
 
 
-@pytest.mark.parametrize("remat", [pytest.param("products", marks=pytest.mark.slow), "block"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["products", "block"])
 def test_loss_and_gradient_are_the_same(remat: str) -> None:
     plain, lean = (qwen3.Qwen3(DEEP, ARRAYS, remat=r) for r in ("none", remat))
     (want, grad), (got, lean_grad) = (jax.jit(jax.value_and_grad(loss))(model) for model in (plain, lean))

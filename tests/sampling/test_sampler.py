@@ -170,6 +170,7 @@ def test_a_prompt_may_have_no_rows(free, out):
     np.testing.assert_array_equal(got.tokens[:4], out.tokens[INDEX == 2])
 
 
+@pytest.mark.slow
 def test_programs_are_compiled_ahead_if_asked(tiny_model):
     ahead = sampler(tiny_model, stop_tokens=(3, 17, 40), segment=4, slots=8)  # which are halved
     ahead.compile(len(PROMPTS), 8, len(INDEX))

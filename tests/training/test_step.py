@@ -230,7 +230,7 @@ def test_minibatches_are_updates_in_turn(case):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-7)
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_masked_tokens_and_unscorable_rows_never_matter(case, microbatches):
     config = dataclasses.replace(PLAIN, microbatches=microbatches)
     batch = case.cut(config)
