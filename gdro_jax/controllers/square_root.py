@@ -5,6 +5,7 @@ is n_b = n_bar sqrt(v_b) / sum_j q_j sqrt(v_j). The active set and the rounding 
 """
 
 import operator
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -38,18 +39,11 @@ def square_root_law(
     def excess(scale: jax.Array) -> jax.Array:
         return jnp.sum(w * (jnp.clip(scale * root, min_rollouts, max_rollouts) - mean_rollouts))
 
-    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = ends
-        middle = low + ((high - low) >> 1)
-        over = excess(_float_of(middle)) > 0
-        return jnp.where(over, low, middle), jnp.where(over, middle, high)
-
     # Between all at the minimum and all at the maximum. Running sums over the scales at which bins reach their bounds
     # would lose the budget: those scales are up to 1e6 apart, and each sum's rounding error is multiplied by that.
     least, most = min_rollouts / jnp.max(root), 2.0 * max_rollouts / jnp.min(root)
-    ends = (jax.lax.bitcast_convert_type(least, jnp.int32), jax.lax.bitcast_convert_type(most, jnp.int32))
-    low, _ = jax.lax.fori_loop(0, 32, halve, ends)
-    return jnp.clip(_float_of(low) * root, min_rollouts, max_rollouts).astype(jnp.float32)
+    scale, _ = _bisect(lambda scale: excess(scale) > 0, _rank_of(least), _rank_of(most))
+    return jnp.clip(scale * root, min_rollouts, max_rollouts).astype(jnp.float32)
 
 
 def round_to_budget(ideal_per_prompt: ArrayLike, budget: int, min_rollouts: int, max_rollouts: int) -> jax.Array:
@@ -78,21 +72,36 @@ def _nearest(ideal: jax.Array, budget: jax.Array, min_rollouts: int, max_rollout
     def counts(shift: jax.Array) -> jax.Array:
         return jnp.clip(jnp.floor(ideal + shift + 0.5), min_rollouts, max_rollouts).astype(jnp.int32)
 
-    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = ends
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        over = jnp.sum(counts(_float_of(middle)), dtype=jnp.int32) > budget
-        return jnp.where(over, low, middle), jnp.where(over, middle, high)
+    def over(shift: jax.Array) -> jax.Array:
+        return jnp.sum(counts(shift), dtype=jnp.int32) > budget
 
-    span = jax.lax.bitcast_convert_type(jnp.float32(3.0 * _FAR), jnp.int32)
-    low, high = jax.lax.fori_loop(0, 33, halve, (-span, span))  # to neighbouring floats, over their whole range
-    base = counts(_float_of(low))
-    spare = counts(_float_of(high)) - base  # at the next shift up; over 1 only where floats are sparser than counts
+    span = _rank_of(jnp.float32(3.0 * _FAR))
+    low, high = _bisect(over, -span, span)
+    base = counts(low)
+    spare = counts(high) - base  # at the next shift up; over 1 only where floats are sparser than counts
     threshold = base.astype(jnp.float32) + 0.5 - ideal
     order = jnp.argsort(jnp.where(spare > 0, threshold, jnp.inf))
     before = jnp.cumsum(spare[order], dtype=jnp.int32) - spare[order]
     given = jnp.clip(budget - jnp.sum(base, dtype=jnp.int32) - before, 0, spare[order])
     return base.at[order].add(given)
+
+
+def _bisect(over: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The neighbouring float32 between which a number begins to be `over`, from the ranks of two around them."""
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        too_far = over(_float_of(middle))
+        return jnp.where(too_far, low, middle), jnp.where(too_far, middle, high)
+
+    low, high = jax.lax.fori_loop(0, 33, halve, (low, high))  # enough for all floats there are
+    return _float_of(low), _float_of(high)
+
+
+def _rank_of(value: jax.Array) -> jax.Array:
+    """The rank of a float32 that is not negative."""
+    return jax.lax.bitcast_convert_type(value, jnp.int32)
 
 
 def _float_of(rank: jax.Array) -> jax.Array:
