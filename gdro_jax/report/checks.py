@@ -1,6 +1,6 @@
 """What makes a comparison unfair or incomplete, said aloud: unequal budgets, missing seeds, differing settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gdro_jax.report.runs import Run
 from gdro_jax.report.scores import by_method, problems_at_score, rollouts_at_score
@@ -12,14 +12,12 @@ _FREE_SECTIONS = ("controller", "run")
 
 def same_budget(runs: Sequence[Run], baseline: Sequence[Run]) -> bool:
     """True where each seed that both have spent equally many training rollouts for its final score."""
-    theirs = {run.seed: rollouts_at_score(run) for run in baseline}
-    return all(rollouts_at_score(run) == theirs[run.seed] for run in runs if run.seed in theirs)
+    return _same(rollouts_at_score, runs, baseline)
 
 
 def same_problems(runs: Sequence[Run], baseline: Sequence[Run]) -> bool:
     """True where the final scores of each seed that both have are of equally many problems."""
-    theirs = {run.seed: problems_at_score(run) for run in baseline}
-    return all(problems_at_score(run) == theirs[run.seed] for run in runs if run.seed in theirs)
+    return _same(problems_at_score, runs, baseline)
 
 
 def check(runs: Sequence[Run]) -> list[str]:
@@ -64,10 +62,9 @@ def _budgets(groups: Mapping[str, Sequence[Run]]) -> list[str]:
         for method, values in spent.items()
         if values
     )
-    unfair = [display_name(method) for method, its in groups.items() if not same_budget(its, groups.get(BASELINE, []))]
-    refused = f" Differences from {display_name(BASELINE)} are refused for: {', '.join(unfair)}." if unfair else ""
     return [
-        f"Rollout budgets are not equal, final scores are not comparable as they stand ({listed} rollouts).{refused}"
+        f"Rollout budgets are not equal, final scores are not comparable as they stand ({listed} rollouts)."
+        f"{_refused(rollouts_at_score, groups)}"
     ]
 
 
@@ -78,11 +75,18 @@ def _problems(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     if len(set(known.values())) < 2:
         return []
     listed = "; ".join(f"{name} {number:,.0f}" for name, number in known.items())
-    unfair = [
-        display_name(method) for method, its in groups.items() if not same_problems(its, groups.get(BASELINE, []))
-    ]
-    refused = f" Differences from {display_name(BASELINE)} are refused for: {', '.join(unfair)}." if unfair else ""
-    return [f"Final scores are of unequal numbers of problems ({listed}).{refused}"]
+    return [f"Final scores are of unequal numbers of problems ({listed}).{_refused(problems_at_score, groups)}"]
+
+
+def _same(of: Callable[[Run], float | None], runs: Sequence[Run], baseline: Sequence[Run]) -> bool:
+    theirs = {run.seed: of(run) for run in baseline}
+    return all(of(run) == theirs[run.seed] for run in runs if run.seed in theirs)
+
+
+def _refused(of: Callable[[Run], float | None], groups: Mapping[str, Sequence[Run]]) -> str:
+    baseline = groups.get(BASELINE, [])
+    unfair = [display_name(method) for method, its in groups.items() if not _same(of, its, baseline)]
+    return f" Differences from {display_name(BASELINE)} are refused for: {', '.join(unfair)}." if unfair else ""
 
 
 def _settings(runs: Sequence[Run]) -> list[str]:
