@@ -13,8 +13,9 @@ Real-valued and per-prompt allocation (`square_root_law`, `round_to_budget`) liv
 """
 
 import operator
+from collections.abc import Callable
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from gdro_jax.controllers import _checks
 from gdro_jax.controllers.square_root import round_to_budget as round_to_budget
 from gdro_jax.controllers.square_root import square_root_law as square_root_law
 
+_BLOCK = 2048  # amounts whose arms are joined at once; a bin's values of so many stay in a core's cache
+Tree = TypeVar("Tree")
 _IMPOSSIBLE = -1e30  # an arm whose log-probability is this far below its bin's largest has probability 0
 
 
@@ -94,14 +97,14 @@ def _marginals(problem: Problem, ends: jax.Array) -> tuple[jax.Array, jax.Array]
 
     def back(after: Reach, item: tuple[Reach, Problem]) -> tuple[Reach, jax.Array]:
         reach, row = item
-        rest = _ahead(after, row.costs)
+        rest = _slices(after, row.costs, ends.shape[0])
         joint = _best_rank(
             jnp.stack([jnp.max(reach.rank + values.rank) for values in rest]) - row.impossible,
             jnp.stack([_log_total(reach, values) for values in rest]) + row.log_probs,
         )
-        return _combine(rest, row, "logsumexp"), joint
+        return _back(after, row), joint
 
-    _, log_joint = jax.lax.scan(back, _ending(ends), (before, problem), reverse=True)
+    _, log_joint = jax.lax.scan(back, _after(ends), (before, problem), reverse=True)
     return jax.nn.softmax(log_joint, axis=1), spent
 
 
@@ -124,6 +127,38 @@ def make_problem(log_probs: ArrayLike, bin_counts: jax.Array, arms: jax.Array, b
 def only(budget: int) -> jax.Array:
     """Log-weights of the amounts spent, float32[S], that allow the whole budget alone."""
     return jnp.full(budget + 1, -jnp.inf, jnp.float32).at[budget].set(0.0)
+
+
+def only_choice(num_arms: int, uniform: int, bin_counts: jax.Array, budget: int) -> jax.Array:
+    """Whether no bin with prompts can leave arm `uniform`; bool.
+
+    The arms are 0 ... num_arms - 1 rollouts a prompt, bin_counts int32[B] prompts m_b, sum_b m_b uniform = budget. Of
+    what can be spent only its being possible is asked, so the arms of a bin are joined by doubling, not one by one.
+    """
+
+    doublings, joined = [], 1
+    while joined < num_arms:
+        doublings.append(min(joined, num_arms - joined))
+        joined += doublings[-1]
+    before = jnp.zeros(budget + 1, bool)
+
+    def spread(possible: jax.Array, count: jax.Array) -> jax.Array:
+        def join(possible: jax.Array, more: jax.Array) -> tuple[jax.Array, None]:
+            start = budget + 1 - jnp.minimum(more * count, budget + 1)
+            shifted = jax.lax.dynamic_slice(jnp.concatenate([before, possible]), (start,), (budget + 1,))
+            return possible | shifted, None
+
+        return jax.lax.scan(join, possible, jnp.array(doublings, jnp.int32))[0]
+
+    def step(carry: tuple[jax.Array, jax.Array], count: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        uniformly, otherwise = carry  # spent by the bins so far where all, and where not all, are at `uniform`
+        leaves = jnp.arange(num_arms, dtype=jnp.int32) != uniform
+        first = uniformly + count * jnp.arange(num_arms, dtype=jnp.int32)
+        otherwise = spread(otherwise, count).at[first].max(leaves & (count > 0), mode="drop")
+        return (uniformly + count * uniform, otherwise), None
+
+    (_, otherwise), _ = jax.lax.scan(step, (jnp.zeros((), jnp.int32), before), bin_counts)
+    return ~otherwise[budget]
 
 
 @jax.jit
@@ -159,14 +194,14 @@ def draw(key: jax.Array, problem: Problem, ends: jax.Array) -> Solution:
         left, after = carry
         reach, row, bin_key = item
         arm = jax.random.categorical(bin_key, _candidates(reach, row, left)).astype(jnp.int32)
-        rest = _ahead(after, row.costs[arm][None])[0]
+        rest = _slices(after, row.costs[arm][None], ends.shape[0])[0]
         log_marginal = _log_total(reach, rest) + row.log_probs[arm] - evidence
-        return (left - row.costs[arm], _combine(_ahead(after, row.costs), row, "logsumexp")), (
+        return (left - row.costs[arm], _back(after, row)), (
             arm,
             jnp.minimum(log_marginal, 0.0),
         )
 
-    start = (spent, _ending(ends))
+    start = (spent, _after(ends))
     (left, _), (arms, logs) = jax.lax.scan(back, start, (before, problem, keys[:num_bins]), reverse=True)
     return Solution(arms, logs, jnp.where(jnp.isfinite(evidence) & (left == 0), spent, -1))
 
@@ -176,22 +211,29 @@ def _forward(problem: Problem, size: int, how: Literal["max", "logsumexp"]) -> t
 
     Without arms of probability 0, the usual case, every rank is 0: the maximum then costs half as much.
     """
-    nothing_spent = jnp.full(size, -jnp.inf, jnp.float32).at[0].set(0.0)
+    nothing_spent = _padded(jnp.full(size, -jnp.inf, jnp.float32).at[0].set(0.0), after=False)
+    room = nothing_spent.shape[0] // 2
+
+    def values(padded: Tree) -> Tree:
+        return jax.tree.map(lambda leaf: leaf[room : room + size], padded)
 
     def ranked(problem: Problem) -> tuple[Reach, Reach]:
-        def step(reach: Reach, row: Problem) -> tuple[Reach, Reach]:
-            return _combine(_behind(reach, row.costs), row, how), reach
+        def step(padded: Reach, row: Problem) -> tuple[Reach, Reach]:
+            joined = _in_blocks(padded, room - row.costs, lambda shifted: _combine(shifted, row, how))
+            return _put(padded, joined, room), values(padded)
 
         total, before = jax.lax.scan(step, Reach(nothing_spent, nothing_spent), problem)
-        return before, total
+        return before, values(total)
 
     def plain(problem: Problem) -> tuple[Reach, Reach]:
-        def step(logs: jax.Array, row: Problem) -> tuple[jax.Array, jax.Array]:
-            terms = [values + row.log_probs[arm] for arm, values in enumerate(_shifted_back(logs, row.costs))]
-            return _total(terms, how), logs
+        def step(padded: jax.Array, row: Problem) -> tuple[jax.Array, jax.Array]:
+            def join(shifted: list[jax.Array]) -> jax.Array:
+                return _total([logs + row.log_probs[arm] for arm, logs in enumerate(shifted)], how)
+
+            return _put(padded, _in_blocks(padded, room - row.costs, join), room), values(padded)
 
         total, before = jax.lax.scan(step, nothing_spent, problem)
-        return _ending(before), _ending(total)
+        return _ending(before), _ending(values(total))
 
     return jax.lax.cond(jnp.any(problem.impossible > 0), ranked, plain, problem)
 
@@ -199,6 +241,17 @@ def _forward(problem: Problem, size: int, how: Literal["max", "logsumexp"]) -> t
 def _ending(ends: jax.Array) -> Reach:
     """Log-values without arms of probability 0, with their ranks: the amounts allowed, as what follows the last bin."""
     return Reach(jnp.where(jnp.isfinite(ends), 0.0, -jnp.inf).astype(jnp.float32), ends)
+
+
+def _after(ends: jax.Array) -> Reach:
+    """What follows the last bin, padded."""
+    rank, logs = _ending(ends)
+    return Reach(_padded(rank, after=True), _padded(logs, after=True))
+
+
+def _back(after: Reach, row: Problem) -> Reach:
+    """What follows a bin's predecessor, from what follows the bin; both padded."""
+    return _put(after, _in_blocks(after, row.costs, lambda rest: _combine(rest, row, "logsumexp")), 0)
 
 
 def _finished(total: Reach, ends: jax.Array) -> jax.Array:
@@ -215,23 +268,37 @@ def _best_rank(rank: jax.Array, logs: jax.Array) -> jax.Array:
     return jnp.where(rank == jnp.max(rank), logs, -jnp.inf)
 
 
-def _behind(reach: Reach, costs: jax.Array) -> list[Reach]:
-    """The values at s - cost for every s, -inf before the start, one Reach per arm."""
-    return [Reach(*leaves) for leaves in zip(*(_shifted_back(leaf, costs) for leaf in reach), strict=True)]
-
-
-def _shifted_back(values: jax.Array, costs: jax.Array) -> list[jax.Array]:
+def _padded(values: jax.Array, *, after: bool) -> jax.Array:
+    """Values of the amounts from 0 up, to a whole number of blocks, with as many -inf before or after them."""
     size = values.shape[0]
-    padded = jnp.concatenate([jnp.full(size, -jnp.inf, jnp.float32), values])
-    return [jax.lax.dynamic_slice(padded, (size - costs[arm],), (size,)) for arm in range(costs.shape[0])]
+    room = -(-size // _BLOCK) * _BLOCK if size > _BLOCK else size
+    ends = (0, 2 * room - size) if after else (room, room - size)
+    return jnp.pad(values, ends, constant_values=-jnp.inf)
 
 
-def _ahead(reach: Reach, costs: jax.Array) -> list[Reach]:
-    """The values at s + cost for every s, -inf past the end, one Reach per arm."""
-    size = reach.logs.shape[0]
-    padded = [jnp.concatenate([leaf, jnp.full(size, -jnp.inf, jnp.float32)]) for leaf in reach]
-    starts = [costs[arm] for arm in range(costs.shape[0])]
-    return [Reach(*(jax.lax.dynamic_slice(leaf, (start,), (size,)) for leaf in padded)) for start in starts]
+def _put(padded: Tree, values: Tree, start: int) -> Tree:
+    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (start,)), padded, values)
+
+
+def _slices(padded: Tree, starts: jax.Array, size: int) -> list[Tree]:
+    """`size` values of every leaf from each of `starts` on."""
+
+    def at(start: jax.Array) -> Tree:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice(leaf, (start,), (size,)), padded)
+
+    return [at(starts[arm]) for arm in range(starts.shape[0])]
+
+
+def _in_blocks(padded: Tree, starts: jax.Array, join: Callable[[list[Tree]], Tree]) -> Tree:
+    """What `join` makes of the values from each of `starts` on, an arm each: half as many as `padded` holds.
+
+    A block at a time: of slices this long, joined in one piece, XLA's code for a CPU handles one element after another.
+    """
+    room = jax.tree.leaves(padded)[0].shape[0] // 2
+    block = min(_BLOCK, room)
+    offsets = jnp.arange(0, room, block, dtype=jnp.int32)
+    blocks = jax.lax.map(lambda offset: join(_slices(padded, starts + offset, block)), offsets)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1), blocks)
 
 
 def _combine(shifted: list[Reach], row: Problem, how: Literal["max", "logsumexp"]) -> Reach:

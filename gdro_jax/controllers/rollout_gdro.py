@@ -177,19 +177,19 @@ def allocate(
     values = _values(cfg, state, weights, logs)
     solution, forced = _select(cfg, logs, counts, prompts, select_key)
     left = prompts * (cfg.mean_rollouts - cfg.min_rollouts) - jnp.sum(solution.arms * counts, dtype=jnp.int32)
-    arms, split, some = solution.arms, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    arms, one_more = solution.arms, jnp.zeros(prompts, jnp.int32)
     if cfg.per_prompt and len(cfg.arms) > 1:
         tie_break = jax.random.uniform(order_key, (cfg.num_bins,), jnp.float32)
         evenly = not cfg.full_information
         arms, split, some = utilities.marginal_gains(values, counts, solution.arms, left, tie_break, evenly=evenly)
+        one_more = ((bins == split) & (_rank_in(bins == split, prompt_key, ids) < some)).astype(jnp.int32)
     selected = solution.arms
     if cfg.full_information and cfg.selection == "argmax" and cfg.per_prompt:
         selected = arms  # one list of marginal gains: nothing was selected before it
-    one_more = (bins == split) & (_rank_in(bins == split, prompt_key, ids) < some)
     drawn = jnp.take_along_axis(logs, selected[:, None], axis=1)[:, 0]
     return Plan(
         per_bin=cfg.min_rollouts + arms,
-        per_prompt=cfg.min_rollouts + arms[bins] + one_more.astype(jnp.int32),
+        per_prompt=cfg.min_rollouts + arms[bins] + one_more,
         arm=selected,
         probability=jnp.exp(solution.log_marginals if cfg.selection == "sample" else drawn),
         weights=weights,
@@ -270,11 +270,8 @@ def _select(
         nothing = jnp.zeros(cfg.num_bins, jnp.int32)
         return allocation.Solution(nothing, nothing.astype(jnp.float32), free), free
     if not cfg.per_prompt:
-        uniform = jnp.broadcast_to(
-            jnp.where(extra != cfg.mean_rollouts - cfg.min_rollouts, 0.0, -1.0)[None, :], logs.shape
-        )
-        other = allocation.max_probability(uniform, counts, extra, budget)
-        forced = jnp.all((counts == 0) | (other == cfg.mean_rollouts - cfg.min_rollouts)).astype(jnp.int32)
+        forced = allocation.only_choice(len(cfg.arms), cfg.mean_rollouts - cfg.min_rollouts, counts, budget)
+        forced = forced.astype(jnp.int32)
         ends = allocation.only(budget)
     else:
         forced = free

@@ -44,6 +44,25 @@ def test_max_probability_is_the_best_of_all(counts, budget):
         assert all(n == ARMS[0] for n, count in zip(got, number, strict=True) if count == 0)
 
 
+def test_whether_a_bin_can_leave_the_uniform_count_is_enumerated():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(60):
+        num_arms, uniform = int(rng.integers(1, 8)), 0
+        if num_arms > 1:
+            uniform = int(rng.integers(num_arms))
+        counts = rng.integers(0, 14, 3).astype(np.int32)
+        budget = int(counts.sum()) * uniform
+        present = counts[counts > 0]
+        others = sum(
+            sum(int(m) * a for m, a in zip(present, choice, strict=True)) == budget
+            for choice in itertools.product(range(num_arms), repeat=len(present))
+        )
+        got = bool(allocation.only_choice(num_arms, uniform, jnp.asarray(counts), budget))
+        assert got == (others == 1), (num_arms, uniform, counts)
+        found.append(got)
+    assert 10 < sum(found) < 50
+
+
 @pytest.mark.parametrize(("counts", "budget"), CASES)
 def test_marginals_equal_enumeration(counts, budget):
     logs, number = _case(counts, 11)
