@@ -3,8 +3,9 @@
     python experiments/benchmarks/controllers.py [--repeats N]
 
 Workload W4: 10 bins, arms 2..3n for a mean of n rollouts; 512 prompts x 4, 256 x 4, 512 x 16, 4096 x 16. `plan` is
-classify, weigh and allot, `update` learns from the outcome, `allocate` is the exact dynamic program over bins alone
-(the most probable counts that meet the budget). All jitted; medians after warm-up. Prints one JSON line.
+classify, weigh and allot, `update` learns from the outcome, `both` are one after the other, `allocate` is the exact
+dynamic program over bins alone (the most probable counts that meet the budget). All jitted; medians after warm-up.
+Prints one JSON line.
 """
 
 import argparse
@@ -57,9 +58,15 @@ def measure(name: str, prompts: int, mean: int, repeats: int) -> dict[str, float
             reward_variance=(correct * (count - correct) / (count * (count - 1))).astype(np.float32),
         )
         state = update(state, drawn, outcome)
+
+    def both() -> object:
+        now, planned = plan(state, ids, key)
+        return update(planned, now, outcome)
+
     return {
         "plan_ms": median_ms(lambda: plan(state, ids, key), repeats),
         "update_ms": median_ms(lambda: update(state, drawn, outcome), repeats),
+        "both_ms": median_ms(both, repeats),
     }
 
 
@@ -74,7 +81,7 @@ def allocate_ms(prompts: int, mean: int, repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=100)
     repeats = parser.parse_args().repeats
     line: dict[str, object] = {"workload": "W4", "jax": jax.__version__, "cores": len(os.sched_getaffinity(0))}
     for prompts, mean in SIZES:
