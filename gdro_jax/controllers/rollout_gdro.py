@@ -276,7 +276,7 @@ def _select(
     else:
         forced = free
         unspent = budget - jnp.arange(budget + 1, dtype=jnp.int32)
-        ends = jnp.where(unspent < jnp.maximum(jnp.max(counts), 1), 0.0, -jnp.inf)
+        ends = jnp.where(unspent < jnp.maximum(jnp.max(counts), 1), 0.0, -jnp.inf).astype(jnp.float32)
     if cfg.selection == "sample":
         return allocation.draw(key, allocation.make_problem(logs, counts, extra, budget), ends), forced
     rows = counts[:, None].astype(jnp.float32) if cfg.per_prompt else 1.0

@@ -46,7 +46,7 @@ def test_max_probability_is_the_best_of_all(counts, budget):
 
 def test_whether_a_bin_can_leave_the_uniform_count_is_enumerated():
     rng, found = np.random.default_rng(0), []
-    for _ in range(60):
+    for _ in range(30):
         num_arms, uniform = int(rng.integers(1, 8)), 0
         if num_arms > 1:
             uniform = int(rng.integers(num_arms))
@@ -60,7 +60,7 @@ def test_whether_a_bin_can_leave_the_uniform_count_is_enumerated():
         got = bool(allocation.only_choice(num_arms, uniform, jnp.asarray(counts), budget))
         assert got == (others == 1), (num_arms, uniform, counts)
         found.append(got)
-    assert 10 < sum(found) < 50
+    assert 5 < sum(found) < 25
 
 
 @pytest.mark.parametrize(("counts", "budget"), CASES)
