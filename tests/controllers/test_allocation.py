@@ -10,7 +10,8 @@ import pytest
 from gdro_jax.controllers import allocation
 
 ARMS = np.array([2, 3, 4, 6], np.int32)
-CASES = [((3, 2, 4), 32), ((1, 1, 1), 10), ((5, 0, 3), 33), ((7, 7, 7), 84), ((2, 5, 1, 3), 40)]
+BLOCKS = ((600, 300, 900), 7200)  # amounts of four blocks, the last not whole
+CASES = [((3, 2, 4), 32), ((1, 1, 1), 10), ((5, 0, 3), 33), ((7, 7, 7), 84), ((2, 5, 1, 3), 40), BLOCKS]
 
 
 def _enumerate(log_probs: np.ndarray, counts: np.ndarray, budget: int) -> dict[tuple[int, ...], float]:
@@ -70,6 +71,25 @@ def test_marginals_equal_enumeration(counts, budget):
     for choice, probability in _enumerate(logs, number, budget).items():
         want[np.arange(len(choice)), list(choice)] += probability
     np.testing.assert_allclose(allocation.marginals(logs, number, ARMS, budget), want, atol=2e-6)
+
+
+def test_blocks_are_joined_with_arms_of_probability_0_too():
+    counts, budget = BLOCKS
+    logs, number = _case(counts, 2)
+    logs[0, 2] = -np.inf
+    want = np.zeros(logs.shape)
+    for choice, probability in _enumerate(logs, number, budget).items():
+        want[np.arange(len(choice)), list(choice)] += probability
+    assert want[0, 2] == 0 < want[0, 3]
+    np.testing.assert_allclose(allocation.marginals(logs, number, ARMS, budget), want, atol=2e-6)
+    problem = allocation.make_problem(logs, jnp.asarray(number), jnp.asarray(ARMS), budget)
+    drawn = jax.vmap(lambda key: allocation.draw(key, problem, allocation.only(budget)))(
+        jax.random.split(jax.random.key(0), 400)
+    )
+    assert (drawn.spent == budget).all()
+    for arm in range(len(ARMS)):
+        assert abs(float((drawn.arms[:, 0] == arm).mean()) - want[0, arm]) < 0.1
+    np.testing.assert_allclose(np.exp(drawn.log_marginals[:, 0]), want[0, drawn.arms[:, 0]], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("counts", "budget"), [((3, 2, 4), 32), ((2, 5, 1, 3), 40)])
