@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from gdro_jax.training import processes
@@ -37,10 +38,13 @@ def batch_file(folder: pathlib.Path, number: int) -> pathlib.Path:
 def keep(folder: pathlib.Path, number: int, batch: Batch) -> None:
     """Writes the arrays of a step's batch, by the names of `Batch` and, for how it was cut, `pieces.NAME`.
 
-    Of several processes all call it; the errors of `processes.on_first`.
+    In streams `pieces.of_rows.NAME` and `pieces.of_prompts.NAME`, too. Of several processes all call it; the errors of
+    `processes.on_first`.
     """
-    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in batch._asdict().items() if name != "pieces"}
-    arrays |= {f"pieces.{name}": np.asarray(x) for name, x in batch.pieces._asdict().items()}
+    leaves = jax.tree.leaves_with_path(batch)
+    arrays: dict[str, Any] = {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x) for path, x in leaves
+    }
     processes.on_first(lambda: np.savez(batch_file(folder, number), **arrays))
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gdro_jax.training import guard
+from gdro_jax.training import batching, guard, packing, step
+from gdro_jax.training.config import TrainConfig
 
 
 def test_in_row_and_in_all():
@@ -19,6 +20,31 @@ def test_too_many_in_a_row_are_seen_where_the_last_of_the_step_was_applied(tmp_p
     with pytest.raises(guard.NotFiniteError, match="step 7: 2 updates in a row"):
         guard.check(step, 1, tmp_path, 7)
     guard.check(step.after(np.array([True])), 1, tmp_path, 8)  # a step ago
+
+
+def test_a_batch_in_streams_is_kept_whole(tmp_path):
+    counts, config = np.array([2, 3]), TrainConfig(microbatches=2, attention_tile=2)
+    ones = {"prompt_mask": np.ones((2, 4), bool), "mask": np.ones((5, 3), bool), "scorable": np.ones(5, bool)}
+    rewards = np.arange(5, dtype=np.float32)
+    rows = batching.cut(counts, 1, np.random.default_rng(0))
+    pieces = packing.pack_step(rows, config, ones["prompt_mask"], ones["mask"], rewards, ones["scorable"])
+    batch = step.Batch(
+        prompts=np.ones((2, 4), np.int32),
+        weights=np.ones(2, np.float32),
+        prompt_index=batching.flat_index(counts),
+        tokens=np.ones((5, 3), np.int32),
+        logprobs=np.full((5, 3), np.nan, np.float32),
+        rewards=rewards,
+        pieces=pieces,
+        **ones,
+    )
+    guard.keep(tmp_path, 7, batch)
+    with np.load(guard.batch_file(tmp_path, 7)) as kept:
+        assert set(batch._fields) - {"pieces"} < set(kept)
+        np.testing.assert_array_equal(kept["rewards"], rewards)
+        np.testing.assert_array_equal(kept["pieces.rows"], pieces.rows)
+        np.testing.assert_array_equal(kept["pieces.of_rows.steps"], pieces.of_rows.steps)
+        np.testing.assert_array_equal(kept["pieces.of_prompts.ends"], pieces.of_prompts.ends)
 
 
 def test_too_many_in_a_row_end_the_run_with_the_batch_kept(configure, launch):
