@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gdro_jax.models import lora
 from gdro_jax.training import batching, dealing, mesh, packing, step
 from gdro_jax.training import packed as packed_step
 from gdro_jax.training.config import TrainConfig
@@ -74,6 +75,23 @@ def test_no_option_depends_on_the_cut(case, fields):
     want = trained(case, config, case.cut(config))
     config = dataclasses.replace(config, attention_tile=2)
     assert_same(trained(case, config, packed(case, config)), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_adapters_do_not_depend_on_the_cut(case, kl_coef):
+    config, base = dataclasses.replace(CONFIG, kl_coef=kl_coef), case.reference
+    adapters = lora.init(base.config, jax.random.key(3), rank=2, alpha=4.0, names=lora.targets("all"), dtype="float32")
+    adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), adapters)
+
+    def adapted(config, batch):
+        learner = step.begin(jax.tree.map(jax.numpy.copy, adapters), base.config, config, mesh.ONE_DEVICE)
+        return update(learner, base, batch, config, 1.0, mesh.ONE_DEVICE)
+
+    want = adapted(config, case.cut(config))
+    config = dataclasses.replace(config, attention_tile=2, microbatches=3)
+    assert float(want.metrics["grad_norm"]) > 0.05
+    assert_same(adapted(config, packed(case, config)), want)
 
 
 @pytest.mark.slow
