@@ -14,7 +14,7 @@ Real-valued and per-prompt allocation (`square_root_law`, `round_to_budget`) liv
 
 import operator
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Literal, NamedTuple, TypeVar
 
 import jax
@@ -129,6 +129,7 @@ def only(budget: int) -> jax.Array:
     return jnp.full(budget + 1, -jnp.inf, jnp.float32).at[budget].set(0.0)
 
 
+@partial(jax.jit, static_argnames=("num_arms", "uniform", "budget"))
 def only_choice(num_arms: int, uniform: int, bin_counts: jax.Array, budget: int) -> jax.Array:
     """Whether no bin with prompts can leave arm `uniform`; bool.
 
