@@ -456,6 +456,7 @@ def test_a_verifier_that_fails_is_one_line_and_exit_code_1(monkeypatch, problems
         assert capsys.readouterr().err == "gdro train: step 3: half of the responses\n"
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_nothing_can_be_graded_in_is_one_line_and_exit_code_1(monkeypatch, problems, capsys):
     class Broken(ExactVerifier):
         def grade(self, responses, answers):

@@ -49,7 +49,8 @@ def want(tiny_model):
     return jax.jit(padded)(tiny_model), jax.jit(jax.grad(lambda model: weighed(padded(model))))(tiny_model)
 
 
-@pytest.mark.parametrize(("tiling", "tokens"), [((4, 3), 31), pytest.param((5, 8), 40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("tiling", "tokens"), [((4, 3), 31), ((5, 8), 40)])
 def test_values_and_gradients_are_those_of_padded_rows(tiny_model, want, tiling, tokens):
     """In a stream that the rows fill, and in one with room, whose prompts' tiles do not divide a prompt."""
     tiling = ragged.Tiling(*tiling)
