@@ -136,7 +136,6 @@ def only_choice(num_arms: int, uniform: int, bin_counts: jax.Array, budget: int)
     The arms are 0 ... num_arms - 1 rollouts a prompt, bin_counts int32[B] prompts m_b, sum_b m_b uniform = budget. Of
     what can be spent only its being possible is asked, so the arms of a bin are joined by doubling, not one by one.
     """
-
     doublings, joined = [], 1
     while joined < num_arms:
         doublings.append(min(joined, num_arms - joined))
@@ -246,8 +245,7 @@ def _ending(ends: jax.Array) -> Reach:
 
 def _after(ends: jax.Array) -> Reach:
     """What follows the last bin, padded."""
-    rank, logs = _ending(ends)
-    return Reach(_padded(rank, after=True), _padded(logs, after=True))
+    return jax.tree.map(partial(_padded, after=True), _ending(ends))
 
 
 def _back(after: Reach, row: Problem) -> Reach:

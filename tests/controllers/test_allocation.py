@@ -27,6 +27,14 @@ def _enumerate(log_probs: np.ndarray, counts: np.ndarray, budget: int) -> dict[t
     return {choice: float(np.exp(value - top) / total) for choice, value in found.items()}
 
 
+def _marginals(log_probs: np.ndarray, counts: np.ndarray, budget: int) -> np.ndarray:
+    """By enumeration."""
+    want = np.zeros(log_probs.shape)
+    for choice, probability in _enumerate(log_probs, counts, budget).items():
+        want[np.arange(len(choice)), list(choice)] += probability
+    return want
+
+
 def _case(counts: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
     logits = np.random.default_rng(seed).normal(size=(len(counts), len(ARMS))) * 1.5
     return logits - np.log(np.exp(logits).sum(1, keepdims=True)), np.array(counts, np.int32)
@@ -48,9 +56,8 @@ def test_max_probability_is_the_best_of_all(counts, budget):
 def test_whether_a_bin_can_leave_the_uniform_count_is_enumerated():
     rng, found = np.random.default_rng(0), []
     for _ in range(30):
-        num_arms, uniform = int(rng.integers(1, 8)), 0
-        if num_arms > 1:
-            uniform = int(rng.integers(num_arms))
+        num_arms = int(rng.integers(1, 8))
+        uniform = int(rng.integers(num_arms))
         counts = rng.integers(0, 14, 3).astype(np.int32)
         budget = int(counts.sum()) * uniform
         present = counts[counts > 0]
@@ -67,9 +74,7 @@ def test_whether_a_bin_can_leave_the_uniform_count_is_enumerated():
 @pytest.mark.parametrize(("counts", "budget"), CASES)
 def test_marginals_equal_enumeration(counts, budget):
     logs, number = _case(counts, 11)
-    want = np.zeros(logs.shape)
-    for choice, probability in _enumerate(logs, number, budget).items():
-        want[np.arange(len(choice)), list(choice)] += probability
+    want = _marginals(logs, number, budget)
     np.testing.assert_allclose(allocation.marginals(logs, number, ARMS, budget), want, atol=2e-6)
 
 
@@ -77,9 +82,7 @@ def test_blocks_are_joined_with_arms_of_probability_0_too():
     counts, budget = BLOCKS
     logs, number = _case(counts, 2)
     logs[0, 2] = -np.inf
-    want = np.zeros(logs.shape)
-    for choice, probability in _enumerate(logs, number, budget).items():
-        want[np.arange(len(choice)), list(choice)] += probability
+    want = _marginals(logs, number, budget)
     assert want[0, 2] == 0 < want[0, 3]
     np.testing.assert_allclose(allocation.marginals(logs, number, ARMS, budget), want, atol=2e-6)
     problem = allocation.make_problem(logs, jnp.asarray(number), jnp.asarray(ARMS), budget)
