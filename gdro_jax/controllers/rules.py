@@ -4,6 +4,7 @@ C candidates, P prompts, B bins. A rule is a NamedTuple of pure functions, as an
 are made of the same three parts: the difficulty classifier, and one, both or none of the two adversaries.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -101,6 +102,7 @@ class Config:
         _checks.flag("use_current_batch", self.use_current_batch)
 
 
+@functools.lru_cache(maxsize=64)  # equal configurations have the same functions, which jit compiles once
 def compose(cfg: Config) -> Rule:
     """The rule that `cfg` describes.
 

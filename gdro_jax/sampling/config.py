@@ -50,6 +50,7 @@ class SamplingConfig:
     cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))  # lists cannot be hashed
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
         if not 0 <= self.temperature < float("inf"):

@@ -8,7 +8,7 @@ slots stay, an idle one holds none.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
@@ -84,7 +84,7 @@ def tile(prompts: int, rows: int) -> int:
 
 
 class Programs:
-    """The programs of a configuration, compiled once per shape.
+    """The programs of a configuration, compiled once per shape of a call and of a model; see `shared`.
 
     Args:
       config: of sampling.
@@ -107,7 +107,7 @@ class Programs:
         step = functools.partial(segment.segment, config=config, axes=self.axes, in_step=in_step, reader=reader)
         self.decoding = self._compiled(step, (every, split, split, every), (split, every), static=("tile",), donate=2)
         self._move = self._compiled(segment.resize, (split,), split, static=("slots", "window"))
-        self._warm: set[tuple[int, ...]] = set()
+        self._warm: set[Hashable] = set()
 
     def stages(self, slots: int) -> tuple[list[Stage], list[Stage]]:
         """Stages with all slots, and those that follow them with fewer."""
@@ -131,7 +131,8 @@ class Programs:
         )
         decode = functools.partial(self.decoding, model, tile=tile(len(asked.tokens), len(asked.prompt)))
         decoding = Decoding(growing, shrinking, decode, self._move)
-        shape = (*asked.tokens.shape, len(asked.prompt), slots)
+        leaves, form = jax.tree.flatten(model)
+        shape = (asked.tokens.shape, len(asked.prompt), slots, form, *((x.shape, x.dtype) for x in leaves))
         if shape not in self._warm:
             decoding.warm_up(*begin())
             self._warm.add(shape)
@@ -155,6 +156,12 @@ class Programs:
             return array
         place = jax.sharding.NamedSharding(self._mesh, spec)
         return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
+
+
+@functools.lru_cache(maxsize=16)
+def shared(config: SamplingConfig, mesh: jax.sharding.Mesh | None, reader: str | None) -> Programs:
+    """`Programs` of these, the same for all who ask: a run after another compiles nothing that is there already."""
+    return Programs(config, mesh, reader)
 
 
 class Decoding:

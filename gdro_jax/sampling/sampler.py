@@ -10,10 +10,9 @@ import numpy as np
 
 from gdro_jax.models import paged, qwen3
 from gdro_jax.models.sharding import TENSOR_AXIS
-from gdro_jax.sampling import placement
+from gdro_jax.sampling import placement, programs
 from gdro_jax.sampling.config import SamplingConfig
 from gdro_jax.sampling.engine import Engine
-from gdro_jax.sampling.programs import Asked, Programs
 from gdro_jax.sampling.rollouts import Progress, Rollouts, book
 
 
@@ -49,7 +48,7 @@ class Sampler(Engine):
         self.config = config
         self._model, self._even = model, even
         self.reader = reader(model, config, mesh)
-        self._programs = Programs(config, mesh, self.reader)
+        self._programs = programs.shared(config, mesh, self.reader)
         self.slot_steps = 0
 
     def update(self, model: qwen3.Qwen3) -> None:
@@ -146,7 +145,7 @@ class Sampler(Engine):
 
     def _placed(
         self, prompts: np.ndarray, mask: np.ndarray, index: np.ndarray, identity: np.ndarray, limits: np.ndarray
-    ) -> tuple[Asked, np.ndarray]:
+    ) -> tuple[programs.Asked, np.ndarray]:
         order = ranks(identity)
         return placement.place(prompts, mask, index, identity, order, limits, self._programs.shards, self._even)
 

@@ -154,10 +154,14 @@ def begin(
     trained: qwen3.Qwen3 | lora.Adapters, architecture: qwen3.Qwen3Config, config: TrainConfig, layout: Layout
 ) -> Learner:
     """The learner at the start of a run: optimiser states lie as the parameters do."""
-    optimiser = make_optimiser(config)
-    return layout.made(
-        architecture, lambda model: Learner(model, optimiser.init(model)), layout.put(architecture, trained)
-    )
+    return _begun(layout.put(architecture, trained), architecture, config, layout)
+
+
+@functools.partial(jax.jit, static_argnames=("architecture", "config", "layout"))
+def _begun(
+    trained: qwen3.Qwen3 | lora.Adapters, architecture: qwen3.Qwen3Config, config: TrainConfig, layout: Layout
+) -> Learner:
+    return layout.keep(architecture, Learner(trained, make_optimiser(config).init(trained)))
 
 
 def compiled_update() -> jax.stages.Wrapped:

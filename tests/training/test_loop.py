@@ -350,6 +350,13 @@ def test_the_step_compiles_once(configure, launch, watch_update):
     assert trainer.compiles.count == compiles[-1]
 
 
+def test_another_run_of_the_same_settings_compiles_nothing(configure, launch, heldout):
+    for output in ("one", "two"):
+        trainer = launch(configure(*heldout, "controller.name=joint", "run.steps=2", output=output))
+        records = train(trainer)
+    assert records[-1]["step"] == 2 and trainer.compiles.count == 0
+
+
 MANY = pytest.param(("train.attention_tile=4", "train.minibatches=2", "train.optimiser=muon"), marks=pytest.mark.slow)
 
 
