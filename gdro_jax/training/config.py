@@ -216,6 +216,8 @@ class RewardConfig:
         _check(ok, "reward", "overlong_buffer", self.overlong_buffer, "at least 1, or null")
         ok = 0 < self.overlong_penalty < float("inf")
         _check(ok, "reward", "overlong_penalty", self.overlong_penalty, "above 0, and finite")
+        ok = self.overlong_buffer is not None or self.overlong_penalty == 1.0
+        _check(ok, "reward", "overlong_penalty", self.overlong_penalty, "1.0 without reward.overlong_buffer")
         ok = self.format_reward is None or 0 < self.format_reward < float("inf")
         _check(ok, "reward", "format_reward", self.format_reward, "above 0, and finite, or null")
 
@@ -330,7 +332,7 @@ class TrainConfig:
       optimiser: `adamw`, `adafactor` or `muon` (`training.optimiser`); moment_dtype: of the first moment, `float32` or
         `bfloat16`.
       learning_rate, warmup_steps, adam_b1, adam_b2, adam_eps, weight_decay, max_grad_norm: of the optimiser, behind a
-        clip of the gradient's global norm; Muon takes the three of Adam for what is no matrix of a block.
+        clip of the gradient's global norm; Muon takes the betas for what is no matrix of a block.
       decay, decay_steps, final_rate: how the rate falls after the warm-up, `linear` or `cosine`, over how many updates,
         and to what share of learning_rate; None keeps it constant.
       max_skipped: an update whose loss or gradient is not finite is left out; more in a row than this end the run.
@@ -403,6 +405,8 @@ class TrainConfig:
         }
         for field, allowed in choices.items():
             _check(getattr(self, field) in allowed, "train", field, getattr(self, field), " or ".join(allowed))
+        ok = self.kl_coef > 0 or self.kl_estimator == "k3"
+        _check(ok, "train", "kl_estimator", self.kl_estimator, "k3 with train.kl_coef=0, which has no use for it")
         ok = self.dual_clip is None or self.dual_clip > 1
         _check(ok, "train", "dual_clip", self.dual_clip, "above 1, or null for off")
         ok = self.advantage_clip is None or self.advantage_clip > 0

@@ -149,12 +149,10 @@ def _typed(value: object, hint: typing.Any, where: str) -> object:
         return None
     for option in (o for o in options if o is not type(None)):
         plain = typing.get_origin(option) or option
-        if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if plain is float and isinstance(value, str):
+        if plain is float and isinstance(value, int | float | str) and not isinstance(value, bool):
             try:
                 return float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
         if isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
             return value

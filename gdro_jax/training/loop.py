@@ -150,6 +150,9 @@ class Trainer:
             if not stop():
                 with contextlib.suppress(_LeftError):  # the loop below sees the stop, too
                     self.check_agreement(heed)
+        limit = self.config.train.max_skipped
+        if self.step >= self.config.run.steps:  # a run that ended so at its last step is not done now
+            guard.check(self._left_out, limit, self.folder, self.step)
         try:
             if self.step == 0 and self._evaluator is not None and 0 not in self.log.steps and not stop():
                 on_record(self._write({"step": 0} | self._evaluate(True, watch)))
@@ -163,7 +166,7 @@ class Trainer:
                 self._pending = self.one_step(watch)
                 if self._due(self.config.run.checkpoint_every):
                     self.save()
-                guard.check(self._left_out, self.config.train.max_skipped, self.folder, self.step)
+                guard.check(self._left_out, limit, self.folder, self.step)
             whole = True
         except _LeftError:  # of all processes, after the same segment
             whole = True

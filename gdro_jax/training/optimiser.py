@@ -60,14 +60,14 @@ def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
     """Update number (from 0) to learning rate: linear warm-up, then constant or down to `final_rate` of the peak."""
-    peak, warm = config.learning_rate, config.warmup_steps
+    peak, warm = config.learning_rate, float(config.warmup_steps)  # whole numbers may be above int32
 
     def rate(count: ArrayLike) -> jax.Array:
         done = jnp.asarray(count, jnp.float32)
-        rising = peak * jnp.minimum(1.0, (done + 1) / max(warm, 1))
+        rising = peak * jnp.minimum(1.0, (done + 1) / max(warm, 1.0))
         if config.decay is None or config.decay_steps is None:
             return rising
-        gone = jnp.clip((done - warm) / config.decay_steps, 0.0, 1.0)
+        gone = jnp.clip((done - warm) / float(config.decay_steps), 0.0, 1.0)
         left = 0.5 * (1 + jnp.cos(jnp.pi * gone)) if config.decay == "cosine" else 1 - gone
         return rising * (config.final_rate + (1 - config.final_rate) * left)
 

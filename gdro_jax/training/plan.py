@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gdro_jax.models import qwen3
+from gdro_jax.models import lora, qwen3
 from gdro_jax.models.config import work
 from gdro_jax.training import batching, packing, plan_sampler, setup, step
 from gdro_jax.training.chips import GIB, Chip
@@ -108,7 +108,11 @@ def _laid_out(
 
 
 def flops(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> float:
-    """Of one step's update: two a multiplication, all tokens real, three products for the head's loss and gradients."""
+    """Of one step's update: two a multiplication, all tokens real.
+
+    The head's loss and gradients are three products; two where it gets none, four where slopes wait for the whole
+    response.
+    """
     per_token, per_pair = work(architecture)
     length = shape.response_tokens
     prompt, response = shape.piece_prompts * shape.prompt_tokens, shape.rows / shape.pieces * length
@@ -118,9 +122,11 @@ def flops(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> flo
 
     head = 2.0 * response * architecture.hidden_size * architecture.vocab_size
     passes = FORWARD_PASSES[config.model.remat] + 2
-    reference = 1 if config.train.kl_coef > 0 else 0
-    responses = (passes + reference) * blocks(response, shape.prompt_tokens + length) + (3 + reference) * head
-    prompts = (passes + reference) * blocks(prompt, shape.prompt_tokens)
+    other = int(config.train.kl_coef > 0)  # forward passes besides: the reference's, the trainer's own before the step
+    other += int(config.train.importance_cap is not None and config.train.minibatches > 1)
+    products = 3 + int(config.train.ratio_level == "sequence") - int(config.model.lora_rank is not None)
+    responses = (passes + other) * blocks(response, shape.prompt_tokens + length) + (products + other) * head
+    prompts = (passes + other) * blocks(prompt, shape.prompt_tokens)
     if shape.packed is None:
         return shape.pieces * (responses + prompts)
     again = blocks(prompt, shape.prompt_tokens)  # prompts run once more for their gradient, after all pieces
@@ -132,6 +138,10 @@ def traffic(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, layo
     split = {} if layout.mesh is None else dict(layout.mesh.shape)
     computed = qwen3.num_params(architecture) / split.get("tensor", 1)  # what a device computes with, and what it holds
     held, working = computed / split.get("fsdp", 1), np.dtype(config.model.dtype).itemsize
+    if config.model.lora_rank is not None:  # nothing else has gradients and an optimiser's state
+        names = lora.targets(config.model.lora_targets)
+        specs = lora.adapter_specs(architecture, config.model.lora_rank, names).values()
+        held = architecture.num_layers * sum(math.prod(spec.shape) for spec in specs) / split.get("fsdp", 1)
     pieces = shape.pieces // shape.shards
     return pieces * (2 * working * computed + 8 * held) + config.train.minibatches * 28 * held
 
@@ -146,12 +156,19 @@ def knobs(config: Config, shape: Shapes) -> list[str]:
         found.append("model.remat=block: only the blocks' inputs are kept, about a third more time")
     if model.dtype == "float32":
         found.append("model.dtype=bfloat16: half the activations")
-    if shape.shards > config.mesh.fsdp:
-        found.append(f"mesh.fsdp={2 * config.mesh.fsdp}: parameters and optimiser states in twice as many parts")
-    if train.kl_coef > 0:
-        found.append("train.kl_coef=0: no reference policy")
-    if train.optimiser == "adamw":
+    fsdp = config.mesh.fsdp
+    if shape.shards % (2 * fsdp) == 0:
+        data = "" if config.mesh.data is None else f" mesh.data={shape.shards // (2 * fsdp)}"
+        found.append(f"mesh.fsdp={2 * fsdp}{data}: parameters and optimiser states in twice as many parts")
+    if train.kl_coef > 0 and model.lora_rank is None and model.param_dtype != model.dtype:
+        found.append("train.kl_coef=0: no reference policy")  # elsewhere it is the initial policy, held for nothing
+    if train.moment_dtype == "float32" and train.optimiser != "adafactor":
+        found.append("train.moment_dtype=bfloat16: half the first moment")
+    if train.optimiser != "adafactor":
         found.append("train.optimiser=adafactor: hardly any optimiser state")
+    if model.lora_rank is None:
+        found.append("model.lora_rank: adapters alone have gradients and optimiser states")
+    found.append("sampling.max_new_tokens: shorter responses; or more devices")
     return found
 
 

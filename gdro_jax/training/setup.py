@@ -160,11 +160,6 @@ def outline(config: ModelConfig) -> Outline:
     if not (tokens_at / "tokenizer.json").is_file():
         raise InputError(f"model.tokenizer: {tokens_at} holds no tokenizer.json")
     cut = architecture(config)
-    if config.lora_rank is not None:
-        try:
-            lora.adapter_specs(cut, config.lora_rank, lora.targets(config.lora_targets))
-        except ValueError as error:
-            raise InputError(f"model.{error}") from None
     kernel = attention_kernel(config, cut, jax.devices()[0])
     tokenizer, stops = tokens_of(folder, tokens_at, cut.vocab_size)
     if config.random_init is None:
@@ -310,16 +305,22 @@ def most_rollouts(config: ControllerConfig) -> int | None:
 
 
 def architecture(config: ModelConfig) -> qwen3.Qwen3Config:
-    """The model's, from its config.json alone.
+    """The model's, from its config.json alone; adapters that are asked for fit it.
 
     Raises:
       InputError, CheckpointError: a missing folder or file, or one that does not fit.
     """
     folder = model_folder(config.path, weights=False)
     try:
-        return read_config(folder)
+        found = read_config(folder)
     except CheckpointError as error:
         raise InputError(f"model.path={config.path!r}: {error}") from None
+    if config.lora_rank is not None:
+        try:
+            lora.adapter_specs(found, config.lora_rank, lora.targets(config.lora_targets))
+        except ValueError as error:
+            raise InputError(f"model.{error}") from None
+    return found
 
 
 def _platform(device: jax.Device) -> str:
@@ -346,14 +347,16 @@ def longest_prompt(config: Config) -> int:
     """What `data.max_prompt_tokens` allows, without reading any prompt; where it is not given, tokens of the longest.
 
     Raises:
-      InputError, DataError, CheckpointError: with one clear line.
+      InputError, DataError, CheckpointError: with one clear line; with the longest response they need more positions
+        than the model has, too.
     """
-    if config.data.max_prompt_tokens is not None:
-        return config.data.max_prompt_tokens
-    most = most_prompt_tokens(config, architecture(config.model), _response(config))
-    tokenizer = load_tokenizer(tokenizer_folder(config.model))
-    train, _ = inputs.ready(inputs.load(config).train, config.data.template, tokenizer, config, most)
-    return train.longest
+    model, longest = architecture(config.model), config.data.max_prompt_tokens
+    if longest is None:
+        most = most_prompt_tokens(config, model, _response(config))
+        tokenizer = load_tokenizer(tokenizer_folder(config.model))
+        longest = inputs.ready(inputs.load(config).train, config.data.template, tokenizer, config, most)[0].longest
+    check_length(model, longest, _response(config), config)
+    return longest
 
 
 def most_prompt_tokens(config: Config, model: qwen3.Qwen3Config, response: int) -> int | None:

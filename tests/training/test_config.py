@@ -105,6 +105,7 @@ def test_a_field_without_its_section_is_told_its_section():
         ("run", "output", 3, "str"),
         ("train", "learning_rate", "fast", "float"),
         ("train", "learning_rate", True, "float"),
+        ("train", "learning_rate", 10**400, "float"),
         ("train", "dual_clip", [3], "float or null"),
         ("controller", "settings", [1], "dict"),
         ("compare", "seeds", 3, "list"),
@@ -232,11 +233,18 @@ def test_files_that_cannot_be_read(tmp_path):
         (("train.learning_rate", "[1"), "not valid YAML"),
         (("train.learning_rate.x", "1"), "train.learning_rate=.*expected float"),
         (("trian.learning_rate", "1"), "did you mean 'train'"),
+        (("reward.overlong_penalty", "3"), "overlong_penalty=3.0: must be 1.0 without reward.overlong_buffer"),
     ],
 )
 def test_bad_overrides(override, words):
     with pytest.raises(ConfigError, match=words):
         config_io.load(None, [override])
+
+
+def test_an_estimator_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"train.kl_estimator='k1': must be k3 with train.kl_coef=0"):
+        config_io.load(None, [("train.kl_coef", "0"), ("train.kl_estimator", "k1")])
+    assert config_io.load(None, [("train.kl_coef", "0.1"), ("train.kl_estimator", "k1")]).train.kl_estimator == "k1"
 
 
 def test_null_is_off_and_text_is_text():

@@ -71,3 +71,6 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_kept(configure, launch):
     assert again.step == 2 and again._left_out == (2, 2, 2)  # a run that goes on remembers
     assert again.run(records.append)
     assert [r["skipped"] for r in records] == [1.0, 1.0, 0.0] and again._left_out == (0, 2, 0)
+    again._left_out = guard.LeftOut(2, 4, 2)  # as after a last step that ended it
+    with pytest.raises(guard.NotFiniteError, match="step 3: 2 updates in a row"):
+        again.run(records.append)

@@ -45,6 +45,8 @@ def test_warm_up_is_linear_then_constant():
     rate = learning_rate(TrainConfig(learning_rate=0.8, warmup_steps=4))
     assert [float(rate(i)) for i in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
     assert updates([1.0], learning_rate=0.8, warmup_steps=4) == pytest.approx([1.8], rel=1e-6)
+    slow = TrainConfig(learning_rate=0.8, warmup_steps=4 * 10**9, decay="linear", decay_steps=4 * 10**9)
+    assert float(learning_rate(slow)(3)) == pytest.approx(0.8 * 4 / (4 * 10**9), rel=1e-6)  # above int32
     constant = learning_rate(TrainConfig(learning_rate=0.8, warmup_steps=0))
     assert [float(constant(i)) for i in (0, 9)] == pytest.approx([0.8, 0.8])
 

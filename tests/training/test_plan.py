@@ -33,6 +33,15 @@ def test_shapes_and_flops_by_hand():
     assert plan.flops(configured(), tiny, shape) == 2 * (3 * blocks + 3 * head)
     assert plan.flops(configured("model.remat=block"), tiny, shape) == 2 * (4 * blocks + 3 * head)
     assert plan.flops(configured("train.kl_coef=0.1"), tiny, shape) == 2 * (4 * blocks + 4 * head)
+    assert plan.flops(configured("train.ratio_level=sequence"), tiny, shape) == 2 * (3 * blocks + 4 * head)
+    assert plan.flops(configured("model.lora_rank=1"), tiny, shape) == 2 * (3 * blocks + 2 * head)
+    capped = configured("train.importance_cap=2", "train.minibatches=2", "train.microbatches=1")
+    assert plan.flops(capped, tiny, shape) == 2 * (4 * blocks + 4 * head)
+    factors = 2 * ((4 + 8) + 2 * (4 + 4) + (8 + 4) + 2 * (4 + 6) + (6 + 4))  # layers, sides of each matrix, rank 1
+    parameters = qwen3.num_params(tiny)
+    for fields, trained in (((), parameters), (("model.lora_rank=1",), factors)):
+        moved = 2 * (2 * 4 * parameters + 8 * trained) + 28 * trained
+        assert plan.traffic(configured(*fields), tiny, shape) == moved
 
 
 def test_shapes_and_flops_with_attention_tile():
@@ -56,7 +65,8 @@ def test_shapes_and_flops_with_attention_tile():
 
 
 def test_what_does_not_fit_says_what_to_turn():
-    config = configured("train.kl_coef=0.1")
+    mixed = ("train.kl_coef=0.1", "model.dtype=bfloat16")
+    config = configured(*mixed)
     architecture = qwen3.Qwen3Config(
         vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
     )
@@ -69,9 +79,16 @@ def test_what_does_not_fit_says_what_to_turn():
     assert not plan.fits(refused, chip) and "no: update (RESOURCE_EXHAUSTED" in plan.text(
         config, architecture, shape, refused, chip
     )
-    least = dataclasses.replace(config.train, kl_coef=0.0, optimiser="muon", microbatches=8)
-    rest = dataclasses.replace(config, train=least, model=dataclasses.replace(config.model, remat="block"))
-    assert plan.knobs(rest, plan.shapes(rest, 8)) == ["model.dtype=bfloat16: half the activations"]
+    held = configured("train.kl_coef=0.1")  # parameters of one dtype: the initial policy is the reference, and stays
+    assert not any("kl_coef" in knob for knob in plan.knobs(held, plan.shapes(held, 8)))
+    least = dataclasses.replace(config.train, kl_coef=0.0, optimiser="adafactor", microbatches=8)
+    model = dataclasses.replace(config.model, remat="block", lora_rank=1)
+    rest = dataclasses.replace(config, train=least, model=model)
+    last = "sampling.max_new_tokens: shorter responses; or more devices"
+    assert plan.knobs(rest, plan.shapes(rest, 8)) == [last]
+    over = configured("mesh.data=4", "mesh.fsdp=2")
+    turned = [knob for knob in plan.knobs(over, plan.shapes(over, 8)._replace(shards=8)) if knob.startswith("mesh")]
+    assert turned == ["mesh.fsdp=4 mesh.data=2: parameters and optimiser states in twice as many parts"]
 
 
 def test_a_sampler_that_does_not_fit_says_what_to_turn():
@@ -182,6 +199,8 @@ def test_the_command_compiles_the_step_for_this_device(tiny_folder, capsys):
         (["--train.learning_rate=1"], "--train.learning_rate does nothing in gdro plan"),
         (["--sampling.server_timeout=5"], "--sampling.server_timeout does nothing in gdro plan"),
         (["--data.train=absent.jsonl"], "--data.train does nothing in gdro plan with data.max_prompt_tokens"),
+        (["--model.lora_rank=99999"], "model.lora_rank=99999: must be at most"),
+        (["--data.max_prompt_tokens=99999"], "with prompts of up to 99999 tokens that is"),
         (["--controller.name=best"], "controller.name='best': unknown rule 'best'"),
         (["absent.yaml"], "absent.yaml: no such configuration file"),
         (["--config", "absent.yaml"], "absent.yaml: no such configuration file"),
