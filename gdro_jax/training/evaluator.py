@@ -1,5 +1,6 @@
 """Held-out evaluation of the policy along a run and at its end."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ class Evaluator:
         self._all = parts.heldout
         self._some = prompt_data.first_per_stratum(parts.heldout, config.eval.problems_per_stratum)
         settings = config.eval_sampling(parts.policy.stop_tokens)
+        slots = settings.slots or config.rows_per_step  # no larger a cache than a step's, tokens do not depend on it
+        settings = dataclasses.replace(settings, slots=slots)
         self._sampler = engines.sampler(parts.policy.model, settings, parts.layout.mesh)
 
     def __call__(

@@ -323,6 +323,8 @@ def test_evaluation_options(configure, launch, tmp_path, monkeypatch):
     assert "mean_interval" not in some["overall"] and some["tokens"] == 7 and set(summaries) == {"eval"}
     final, count = trainer._evaluator("model", "key", final=True, watch=print)
     assert asked["ids"] == list(range(6)) and count == 24
+    plain = launch(configure(f"eval.data={problems_file(tmp_path, rows)}", output="plain"))
+    assert plain._evaluator._sampler.config.slots == plain.config.rows_per_step  # no larger a cache than training's
     assert final["eval"]["overall"]["n"] == 6 and "mean_interval" in final["eval"]["overall"]
     assert final["eval_part"]["overall"] == some["overall"]  # of the same problems as along the way
 
