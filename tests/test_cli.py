@@ -43,7 +43,10 @@ def invoke(*arguments: object) -> int:
 MODEL = "--model.path={tiny}"
 BAD = {
     "a missing model folder": (["train", "--model.path", "nowhere"], "model.path='nowhere': no such folder"),
-    "a folder that holds no model": (["train", "--model.path={tmp}"], "tokenizer.json"),
+    "a folder that holds no model": (
+        ["train", "--model.path={tmp}"],
+        "config.json: no such file; expected a folder with",
+    ),
     "a file for a model": (["train", "--model.path={problems}"], "is a file, not a folder"),
     "a run for a model": (["eval", "{run}", "embedded"], "is a run, not a model; what it trained is in"),
     "a file for a run": (["report", "{problems}"], "is a file, not a folder"),

@@ -36,13 +36,24 @@ class Evaluator:
 
         `eval` covers all problems for the base and at the end, and the first of each stratum along the way; there
         `eval_part` is the summary of the latter too (of the same responses), so that curves compare like with like.
-        `watch` is told at every look at the sampler how far it is; what it raises ends the evaluation.
+        `watch` is told at every look at the sampler how far the evaluation is; what it raises ends it.
 
         Raises:
           UnscorableError: more than `data.max_unscorable` of the responses could not be graded.
         """
         prompts, samples = (self._all if final else self._some), self._config.eval.samples
         self._sampler.update(model)
+        total = len(prompts.problems) * samples
+        done = tokens = steps = 0  # of the calls before
+
+        def hear(look: Progress) -> None:
+            nonlocal done, tokens, steps
+            more = look.done < look.total  # of this call; the last one is filled up
+            drawn, stepped = tokens + look.tokens, steps + look.slot_steps
+            watch(Progress(look.rows, min(done + look.done, total - more), total, drawn, stepped))
+            if not more:
+                done, tokens, steps = done + look.total, drawn, stepped
+
         parts = evaluation.responses(
             self._sampler,
             prompts,
@@ -53,7 +64,7 @@ class Evaluator:
             self._all.longest,
             self._config.eval.problems_per_call,
             as_they_finish=True,
-            watch=watch,
+            watch=hear,
         )
         counts = evaluation.count(parts, len(self._all.problems))
         rewards.check_failures(counts.failures, counts.responses, self._config.data.max_unscorable, "evaluation")
@@ -62,7 +73,7 @@ class Evaluator:
         summaries = {"eval": self._summary(counts, prompts, final) | more}
         if final and self._some is not self._all:
             summaries["eval_part"] = self._summary(counts, self._some, intervals=False)
-        return summaries, len(prompts.problems) * samples
+        return summaries, total
 
     def _summary(self, counts: evaluation.Counts, prompts: prompt_data.Prompts, intervals: bool) -> Record:
         ids = [p.id for p in prompts.problems]

@@ -88,7 +88,7 @@ def _evaluation(summary: Mapping[str, Any]) -> str:
     overall, worst = summary["overall"], summary["worst"]
     passed = "-" if overall["pass"] is None else f"{overall['pass']:.3f}"
     return (
-        f"held out: mean@1 {overall['mean']:.3f}  pass@{summary['k']} {passed}  "
+        f"held out, {overall['n']:,} problems: mean@1 {overall['mean']:.3f}  pass@{summary['k']} {passed}  "
         f"worst stratum {worst['stratum']} {worst['mean']:.3f}"
     )
 

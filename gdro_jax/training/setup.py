@@ -156,10 +156,10 @@ def outline(config: ModelConfig) -> Outline:
             f"model.path={config.path!r}: is a run, not a model; what it trained is in {folder / 'model'} once it is "
             "done, and `gdro export` writes it from a checkpoint"
         )
+    cut = architecture(config)
     tokens_at = tokenizer_folder(config)
     if not (tokens_at / "tokenizer.json").is_file():
         raise InputError(f"model.tokenizer: {tokens_at} holds no tokenizer.json")
-    cut = architecture(config)
     kernel = attention_kernel(config, cut, jax.devices()[0])
     tokenizer, stops = tokens_of(folder, tokens_at, cut.vocab_size)
     if config.random_init is None:

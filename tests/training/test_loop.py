@@ -282,6 +282,15 @@ def test_a_stop_while_sampling_leaves_within_a_segment(configure, launch, tmp_pa
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
 
+def test_an_evaluation_is_watched_as_a_whole(configure, launch, heldout):
+    """A call's end is none of the evaluation's, so a stop is heeded there."""
+    trainer, seen = launch(configure(*heldout, "eval.problems_per_call=4")), []
+    trainer._evaluator(trainer._policy(), jax.random.key(0), True, seen.append)
+    assert {look.total for look in seen} == {12}
+    done = [look.done for look in seen]
+    assert 8 in done and done == sorted(done) and done[-1] == 12 and done.count(12) == 1
+
+
 @pytest.mark.slow
 def test_a_stop_while_evaluating_leaves_within_a_segment(configure, launch, heldout, tmp_path, monkeypatch):
     """The evaluation that was under way is as if it had not begun."""

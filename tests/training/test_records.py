@@ -193,9 +193,10 @@ def test_progress_within_a_long_step(monkeypatch, terminal, shown):
 
 def test_progress_shows_evaluations():
     stream = Stream(terminal=False)
-    summary = {"k": 8, "overall": {"mean": 0.5, "pass": None}, "worst": {"stratum": "hard", "mean": 0.125}}
+    summary = {"k": 8, "overall": {"mean": 0.5, "pass": None, "n": 1200}}
+    summary |= {"worst": {"stratum": "hard", "mean": 0.125}}
     Progress("run", 3, 0, 10, stream)({"step": 0, "eval": summary})
-    assert "mean@1 0.500" in stream.text and "worst stratum hard 0.125" in stream.text
+    assert "held out, 1,200 problems: mean@1 0.500" in stream.text and "worst stratum hard 0.125" in stream.text
 
 
 def test_sparklines():
