@@ -57,7 +57,7 @@ def train(config: Config, stop: Callable[[], bool]) -> bool:
     _agree_on_inputs(config, checked)
     run_folder.check_free(config)
     policy = processes.together(lambda: setup.load_policy(config.model, checked.layout, checked.outline))
-    done = _run(config, setup.assemble(config, policy, checked), stop, config.controller.name)
+    done = _run(config, setup.assemble(config, policy, checked), stop, config.controller.name, release=True)
     page = processes.on_first(lambda: reports.write(config.run.output)) if done else None
     if page is not None:
         print(page)
@@ -204,9 +204,9 @@ def report(folders: list[str], out: str | None) -> int:
     return 0
 
 
-def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: str) -> bool:
+def _run(config: Config, parts: setup.Setup, stop: Callable[[], bool], label: str, release: bool = False) -> bool:
     with CompileCounter() as compiles, inputs.verifier(config) as verifier:
-        trainer = Trainer(config, parts, verifier, compiles)
+        trainer = Trainer(config, parts, verifier, compiles, release)
         try:
             if not processes.is_first():
                 return trainer.run(lambda record: None, stop)

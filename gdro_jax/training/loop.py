@@ -78,12 +78,21 @@ class Trainer:
       parts: what `setup.assemble` built from it.
       verifier: grades responses; the caller closes it.
       compiles: counts compilations.
+      release: whether the policy of `parts` is for this run alone, so that its memory is given back at once unless it
+        is the reference.
 
     Raises:
       setup.InputError: the run's folder holds a run of another configuration, or of other problems.
     """
 
-    def __init__(self, config: Config, parts: setup.Setup, verifier: rewards.Verifier, compiles: CompileCounter):
+    def __init__(
+        self,
+        config: Config,
+        parts: setup.Setup,
+        verifier: rewards.Verifier,
+        compiles: CompileCounter,
+        release: bool = False,
+    ):
         self.config, self.parts, self.verifier, self.compiles = config, parts, verifier, compiles
         self.key = jax.random.key(config.run.seed)
         self.folder = pathlib.Path(config.run.output)
@@ -101,9 +110,11 @@ class Trainer:
         self.ledger, self.step = Ledger(), 0
         self._most = setup.most_rollouts(config.controller)
         self._warm = False  # whether every program of a step has been compiled
-        # Updates take the memory of what is trained; the policy stays, for the reference and for other runs.
+        # Updates take the memory of what is trained, never of the policy that may be the reference or another run's.
         trained = setup.adapters(config.model, base.config, self._fold(_ADAPT)) if low_rank else base
         learner = step.begin(jax.tree.map(jnp.copy, trained), base.config, config.train, parts.layout)
+        if release and self.reference is not base:
+            jax.tree.map(lambda x: x.delete(), base)
         self.state = State(learner, parts.rule.init(self._fold(_INIT)))
         self._left_out = guard.LeftOut()
         self._pending: records.Record | None = None  # a step's record that is not in the log yet

@@ -64,11 +64,11 @@ def compile_step(
     Raises:
       setup.InputError: `model.attention` cannot run there.
     """
-    learner, batch, reference, initial = _laid_out(config, architecture, shape, device, layout)
+    learner, batch, reference = _laid_out(config, architecture, shape, device, layout)
     lowered = step.compiled_update().lower(
         learner, reference, batch, config=config.train, temperature=config.sampling.temperature, layout=layout
     )
-    return measured(lowered, held(initial))[0]
+    return measured(lowered)[0]
 
 
 def compile_sampler(
@@ -81,8 +81,8 @@ def compile_sampler(
     """
     if config.sampling.server is not None:
         return None
-    learner, _, reference, initial = _laid_out(config, architecture, shape, device, layout)
-    beside = held((learner, reference, initial))
+    learner, _, reference = _laid_out(config, architecture, shape, device, layout)
+    beside = held((learner, reference))
     if config.model.lora_rank is None and config.model.param_dtype == config.model.dtype:
         beside -= held(learner.model)  # what is sampled from is the learner's own
     return plan_sampler.compile_sampler(config, architecture, shape.prompt_tokens, device, layout, beside)
@@ -90,8 +90,8 @@ def compile_sampler(
 
 def _laid_out(
     config: Config, architecture: qwen3.Qwen3Config, shape: Shapes, device: jax.Device, layout: Layout
-) -> tuple[step.Learner, step.Batch, qwen3.Qwen3 | None, qwen3.Qwen3 | None]:
-    """Shapes of learner, batch, reference, and of the initial policy where a run keeps it besides."""
+) -> tuple[step.Learner, step.Batch, qwen3.Qwen3 | None]:
+    """Shapes of learner, batch and reference."""
     kernel = setup.attention_kernel(config.model, architecture, device)
     learner, batch, reference = jax.eval_shape(lambda: _arguments(config, architecture, shape, kernel))
     everywhere: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(device)
@@ -101,10 +101,7 @@ def _laid_out(
     learner, batch, reference = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or everywhere), (learner, batch, reference)
     )
-    shared = reference is not None and (
-        config.model.lora_rank is not None or config.model.param_dtype == config.model.dtype
-    )
-    return learner, batch, reference, None if shared else learner.model
+    return learner, batch, reference
 
 
 def flops(config: Config, architecture: qwen3.Qwen3Config, shape: Shapes) -> float:
@@ -160,8 +157,8 @@ def knobs(config: Config, shape: Shapes) -> list[str]:
     if shape.shards % (2 * fsdp) == 0:
         data = "" if config.mesh.data is None else f" mesh.data={shape.shards // (2 * fsdp)}"
         found.append(f"mesh.fsdp={2 * fsdp}{data}: parameters and optimiser states in twice as many parts")
-    if train.kl_coef > 0 and model.lora_rank is None and model.param_dtype != model.dtype:
-        found.append("train.kl_coef=0: no reference policy")  # elsewhere it is the initial policy, held for nothing
+    if train.kl_coef > 0 and model.lora_rank is None:  # under adapters it is what they are trained on
+        found.append("train.kl_coef=0: no reference policy")
     if train.moment_dtype == "float32" and train.optimiser != "adafactor":
         found.append("train.moment_dtype=bfloat16: half the first moment")
     if train.optimiser != "adafactor":

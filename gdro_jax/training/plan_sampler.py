@@ -55,7 +55,7 @@ def compile_sampler(
       architecture: of the policy.
       prompt_tokens: what prompts are padded to.
       device, layout: what to compile for.
-      beside: bytes of a device that the learner, the reference and the policy of the start take meanwhile.
+      beside: bytes of a device that the learner and the reference take meanwhile.
 
     Raises:
       setup.InputError: `model.attention` cannot run there.

@@ -121,13 +121,13 @@ def configure(tmp_path: pathlib.Path, tiny_folder: pathlib.Path) -> Configure:
 
 @pytest.fixture
 def launch() -> Callable[..., Trainer]:
-    """launch(config, verifier) -> a trainer whose compilations are counted; closed at the end of the test."""
+    """launch(config, verifier, release) -> a trainer whose compilations are counted; closed at the end of the test."""
     open_now: list[tuple[Trainer, CompileCounter]] = []
 
-    def start(config: Config, verifier: Parity | None = None) -> Trainer:
+    def start(config: Config, verifier: Parity | None = None, release: bool = False) -> Trainer:
         counter = CompileCounter()
         counter.__enter__()
-        trainer = Trainer(config, assemble(config), verifier or Parity(), counter)
+        trainer = Trainer(config, assemble(config), verifier or Parity(), counter, release)
         open_now.append((trainer, counter))
         return trainer
 

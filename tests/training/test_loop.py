@@ -282,6 +282,18 @@ def test_a_stop_while_sampling_leaves_within_a_segment(configure, launch, tmp_pa
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [(("train.kl_coef=0",), False), (("train.kl_coef=0.1",), True), (("train.kl_coef=0", "model.lora_rank=1"), True)],
+)
+def test_the_policy_of_the_start_is_kept_as_the_reference_alone(fields, kept, configure, launch, heldout, tmp_path):
+    for release in (True, False):
+        trainer = launch(configure(*fields, *heldout, "run.steps=1", output=str(release)), release=release)
+        train(trainer)
+        assert all(x.is_deleted() != (kept or not release) for x in jax.tree.leaves(trainer.parts.policy.model))
+    assert logged(tmp_path / "True") == logged(tmp_path / "False")
+
+
 def test_an_evaluation_is_watched_as_a_whole(configure, launch, heldout):
     """A call's end is none of the evaluation's, so a stop is heeded there."""
     trainer, seen = launch(configure(*heldout, "eval.problems_per_call=4")), []
