@@ -250,8 +250,8 @@ class GenerationConfig:
 
     Attributes:
       max_new_tokens, temperature, slots, segment, cache_dtype, cache, page_tokens, cache_tokens: see
-        `gdro_jax.sampling.SamplingConfig`; the last six hold for evaluation too, which decodes no more rows at a time
-        than a step has where slots is None.
+        `gdro_jax.sampling.SamplingConfig`; the last six hold for evaluation too; where slots is None a
+        run's evaluations decode no more rows at a time than a step has.
       top_p, top_k, min_p, min_new_tokens: see there; training refuses whatever cuts the distribution off.
       gap_tolerance: a run whose sampler and trainer differ by more than this in log-probability, on average over
         tokens, refuses to start, and ends at the step where a served model does; None does not compare.

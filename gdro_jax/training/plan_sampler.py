@@ -126,9 +126,8 @@ def knobs(config: Config, architecture: qwen3.Qwen3Config, sampling: Sampling) -
         half = max(1, sampling.stages[0].slots // 2) * shards
         found.append(f"sampling.slots={half}: half the rows decoded at a time, the same tokens")
     if architecture.num_kv_heads % (2 * config.mesh.tensor) == 0 and shards % 2 == 0:
-        wide, fsdp = 2 * config.mesh.tensor, config.mesh.fsdp
-        fewer = f" mesh.fsdp={fsdp // 2}" if fsdp % 2 == 0 and shards == fsdp else ""
-        fewer += f" mesh.data={config.mesh.data // 2}" if config.mesh.data and not fewer and shards != fsdp else ""
+        wide, data = 2 * config.mesh.tensor, shards // config.mesh.fsdp
+        fewer = f" mesh.fsdp={config.mesh.fsdp // 2}" if data % 2 else f" mesh.data={data // 2}"
         found.append(f"mesh.tensor={wide}{fewer}: half of the gathered policy on each chip, half the shards")
     if settings.cache_dtype is None and config.model.dtype == "float32":
         found.append("sampling.cache_dtype=bfloat16: half the cache")

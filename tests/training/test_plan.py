@@ -66,8 +66,7 @@ def test_shapes_and_flops_with_attention_tile():
 
 
 def test_what_does_not_fit_says_what_to_turn():
-    mixed = ("train.kl_coef=0.1", "model.dtype=bfloat16")
-    config = configured(*mixed)
+    config = configured("train.kl_coef=0.1")
     architecture = qwen3.Qwen3Config(
         vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
     )
@@ -86,7 +85,7 @@ def test_what_does_not_fit_says_what_to_turn():
     model = dataclasses.replace(config.model, remat="block", lora_rank=1)
     rest = dataclasses.replace(config, train=least, model=model)
     last = "sampling.max_new_tokens: shorter responses; or more devices"
-    assert plan.knobs(rest, plan.shapes(rest, 8)) == [last]
+    assert plan.knobs(rest, plan.shapes(rest, 8)) == ["model.dtype=bfloat16: half the activations", last]
     over = configured("mesh.data=4", "mesh.fsdp=2")
     turned = [knob for knob in plan.knobs(over, plan.shapes(over, 8)._replace(shards=8)) if knob.startswith("mesh")]
     assert turned == ["mesh.fsdp=4 mesh.data=2: parameters and optimiser states in twice as many parts"]
@@ -113,6 +112,10 @@ def test_a_sampler_that_does_not_fit_says_what_to_turn():
     assert "a shard has 8 rows, room for 4 prompts, 4 slots of 2, 3 tokens, then 2 slots" in said
     assert "fits        no: segment;" in said and "sampling.slots=2" in said and "train.microbatches" not in said
     assert "16.00 GiB of 15.75" in said and "beside 16.00" in said
+    for mesh, turned in (("mesh.data=2", "mesh.tensor=2 mesh.data=1"), ("mesh.data=1", "mesh.tensor=2 mesh.fsdp=2")):
+        split = sampler._replace(rows=2 if turned.endswith("fsdp=2") else 1)  # on 4 shards, or on 8
+        found = plan_sampler.knobs(configured(mesh, "mesh.fsdp=4"), architecture, split)
+        assert [knob.split(":")[0] for knob in found if knob.startswith("mesh")] == [turned]
     fine = sampler._replace(segment=plan.Compiled(1.0, 100))
     assert "fits        yes, update and sampler" in plan.text(config, architecture, shape, update, chip, sampler=fine)
 

@@ -113,6 +113,7 @@ def test_time_and_memory_next_to_the_peer() -> None:
     rows = table("| | JAX | matrix rate | share of it | seconds | Tunix | ratio | asked |")
     for row, (ours, theirs) in zip(rows, pairs, strict=True):
         assert row[0] == f"{ours['workload']}, {ours['microbatches']} microbatches"
+        assert ours["cores"] == theirs["cores"] == 2  # as the text says
         assert ours["jax"] == theirs["jax"] == row[1] and ours["machine"] == theirs["machine"]
         assert row[2:4] == [f"{ours['matrix_flops_per_s'] / 1e9:.0f}", f"{ours['share_of_matrix_rate']:.2f}"]
         seconds, memory = (ours["median_s"], theirs["median_s"]), (ours["peak_rss_mib"], theirs["peak_rss_mib"])
